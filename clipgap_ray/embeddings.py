@@ -1,0 +1,212 @@
+"""Read and write a folder of embeddings: clip-retrieval's layout with provenance (design 5.3).
+
+    EMB/img_emb/img_emb_00000.npy        float16 (n, d), unit rows
+    EMB/text_emb/text_emb_00000.npy      float16 (n, d); zero rows where there is no caption
+    EMB/metadata/metadata_00000.parquet  schema.METADATA, row i = row i
+    EMB/ledger/ledger_00000.parquet      schema.LEDGER
+
+One part per input shard. A part exists when the commit log says so; its record carries the sha256 of each file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+
+from clipgap_ray import rundir, schema, store
+from clipgap_ray.errors import ConfigError, DataError, IndexMismatchError
+
+GROUP_BYTES = 1 << 30
+# What makes two encoders the same notion of similarity; batch size and threads only change the last bits.
+IDENTITY = ("model", "weights_sha256", "quick_gelu", "preprocess", "dim", "crop_border")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One committed part: its number, rows, shard name and the sha256 of its files."""
+
+    number: int
+    num_rows: int
+    shard: str
+    files: dict[str, str]
+
+
+def part_file(kind: str, part: int) -> str:
+    """Return the path of a part's file inside the folder; kind is img_emb, text_emb, metadata or ledger."""
+    suffix = "npy" if kind.endswith("emb") else "parquet"
+    return f"{kind}/{kind}_{part:05d}.{suffix}"
+
+
+def write_part(
+    uri: str,
+    part: int,
+    shard: str,
+    images: np.ndarray,
+    texts: np.ndarray | None,
+    metadata: pa.Table,
+    ledger: pa.Table,
+) -> dict[str, Any]:
+    """Write the files of one part and return its commit record (not yet committed).
+
+    Args:
+        uri: The folder.
+        part: Part number.
+        shard: Name of the input shard.
+        images: (n, d) unit rows, stored as float16.
+        texts: (n, d) likewise, zero rows where the caption is null; None writes no text file.
+        metadata: n rows of `schema.METADATA`.
+        ledger: Rows of `schema.LEDGER`; those with `dropped` count as read and dropped.
+
+    Returns:
+        The record for `CommitLog.append`.
+    """
+    if images.shape[0] != metadata.num_rows or (texts is not None and texts.shape[0] != images.shape[0]):
+        raise DataError(f"part {part}: {images.shape[0]} image rows beside {metadata.num_rows} metadata rows")
+    contents = {
+        "img_emb": store.array_bytes(np.ascontiguousarray(images, dtype=np.float16)),
+        "metadata": store.table_bytes(metadata.cast(schema.METADATA)),
+        "ledger": store.table_bytes(ledger.cast(schema.LEDGER)),
+    }
+    if texts is not None:
+        contents["text_emb"] = store.array_bytes(np.ascontiguousarray(texts, dtype=np.float16))
+    for kind, data in contents.items():
+        store.write_bytes(store.join(uri, part_file(kind, part)), data)
+    dropped, notes = _count(ledger)
+    return {
+        "part": part,
+        "shard": shard,
+        "rows": images.shape[0],
+        "read": images.shape[0] + sum(dropped.values()),
+        "kept": images.shape[0],
+        "dropped": dropped,
+        "notes": notes,
+        "files": {kind: store.sha256(data) for kind, data in contents.items()},
+    }
+
+
+def _count(ledger: pa.Table) -> tuple[dict[str, int], dict[str, int]]:
+    dropped: dict[str, int] = {}
+    notes: dict[str, int] = {}
+    for row in ledger.select(["reason", "dropped"]).to_pylist():
+        counts = dropped if row["dropped"] else notes
+        counts[row["reason"]] = counts.get(row["reason"], 0) + 1
+    return dropped, notes
+
+
+class EmbeddingSet:
+    """A folder of embeddings, opened for reading.
+
+    Attributes:
+        uri: The folder.
+        manifest: Provenance as written by `embed` or `import`.
+        parts: Committed parts by rising number.
+        dim: Dimension d.
+        encoder: Fingerprint of the encoder.
+        digest: sha256 over the files' hashes: the content's name.
+    """
+
+    def __init__(self, uri: str, manifest: dict[str, Any], parts: list[Part]) -> None:
+        self.uri = uri.rstrip("/")
+        self.manifest = manifest
+        self.parts = parts
+        self.encoder: dict[str, Any] = manifest["encoder"]
+        self.dim = int(self.encoder["dim"])
+        self.digest: str = manifest.get("digest", "")
+
+    @classmethod
+    def open(cls, uri: str) -> Self:
+        """Open a complete folder.
+
+        Raises:
+            DataError: If the folder is missing, incomplete, empty or of another kind.
+        """
+        manifest = rundir.read_manifest(uri, "embed")
+        log = rundir.CommitLog(uri)
+        if not log.records:
+            raise DataError(f"{uri} holds no embeddings: no part is committed", hint="run `clipgap embed` again")
+        return cls(uri, manifest, [_part(log.records[number]) for number in sorted(log.records)])
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in all parts."""
+        return sum(part.num_rows for part in self.parts)
+
+    def images(self, part: int) -> np.ndarray:
+        """Return (n, d) float16 image rows of a part, memory-mapped when local."""
+        return store.read_array(store.join(self.uri, part_file("img_emb", part)))
+
+    def texts(self, part: int) -> np.ndarray:
+        """Return (n, d) float16 text rows of a part; rows without caption are zero."""
+        return store.read_array(store.join(self.uri, part_file("text_emb", part)))
+
+    def metadata(self, part: int, columns: list[str] | None = None) -> pa.Table:
+        """Return the metadata of a part, or some of its columns."""
+        return store.read_table(store.join(self.uri, part_file("metadata", part)), columns)
+
+    def all_images(self) -> np.ndarray:
+        """Return (num_rows, d) float16 rows of all parts in order: for test sets, which fit in memory."""
+        return np.concatenate([np.asarray(self.images(part.number)) for part in self.parts])
+
+    def all_metadata(self, columns: list[str] | None = None) -> pa.Table:
+        """Return the metadata of all parts in order."""
+        return pa.concat_tables([self.metadata(part.number, columns) for part in self.parts])
+
+    def groups(self, max_bytes: int = GROUP_BYTES) -> Iterator[list[Part]]:
+        """Yield runs of neighbouring parts of about `max_bytes` of image rows: units of reading work."""
+        group: list[Part] = []
+        size = 0
+        for part in self.parts:
+            part_bytes = part.num_rows * self.dim * 2
+            if group and size + part_bytes > max_bytes:
+                yield group
+                group, size = [], 0
+            group.append(part)
+            size += part_bytes
+        if group:
+            yield group
+
+
+def _part(record: dict[str, Any]) -> Part:
+    return Part(record["part"], record["rows"], record["shard"], record["files"])
+
+
+def identity(encoder: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a fingerprint that decide whether similarities are comparable."""
+    return {name: encoder.get(name) for name in IDENTITY}
+
+
+def check_same_encoder(first: dict[str, Any], second: dict[str, Any], names: tuple[str, str]) -> None:
+    """Refuse to compare rows of different encoders.
+
+    Args:
+        first: Fingerprint of one side.
+        second: Fingerprint of the other.
+        names: What the two are, for the message.
+
+    Raises:
+        IndexMismatchError: Naming every field that differs.
+    """
+    a, b = identity(first), identity(second)
+    changed = [f"{name} is {a[name]!r} and {b[name]!r}" for name in IDENTITY if a[name] != b[name]]
+    if changed:
+        raise IndexMismatchError(
+            f"{names[0]} and {names[1]} were embedded by different encoders: " + "; ".join(changed),
+            hint=f"embed both with the same --model and --pretrained ({first.get('model')}, {first.get('pretrained')})",
+        )
+
+
+def parse_part_range(text: str | None) -> tuple[int, int] | None:
+    """Read `--shards 0:100` into (first, past-the-end); None stays None."""
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not colon or not (first or "0").isdigit() or not (last or "0").isdigit():
+        raise ConfigError(f"--shards {text!r} is not FIRST:END", hint="for example --shards 0:100")
+    bounds = int(first or 0), int(last or schema.MAX_ROWS_PER_PART)
+    if bounds[0] >= bounds[1]:
+        raise ConfigError(f"--shards {text!r} is empty: the end is not included")
+    return bounds

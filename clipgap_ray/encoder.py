@@ -1,0 +1,365 @@
+"""What turns images and captions into unit rows: open_clip models, and a projection that needs no weights.
+
+The bits of an embedding depend on the batch it was computed in. So a batch never crosses a part, is padded to
+`batch_size`, and batch size and threads are recorded: the same bytes give the same embedding on one machine
+(design contract 3).
+
+Decoding is separate from encoding: CPU tasks decode to uint8 with `Preprocess`, actors hold the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from clipgap_ray import __version__, store
+from clipgap_ray.errors import ConfigError
+
+MODELS = Path(__file__).parent / "models"
+PROJECTION = "projection"
+MAX_IMAGE_PIXELS = 64_000_000  # a decompression bomb guard: 64 megapixels, 192 MB decoded
+ALIASES = {"ViT-B/32": "ViT-B-32", "ViT-B/16": "ViT-B-16", "ViT-L/14": "ViT-L-14"}
+
+
+class ImageError(ValueError):
+    """An image cannot be decoded; `reason` is a ledger reason."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How encoded bytes become the model's uint8 pixels: open_clip's evaluation transform up to the tensor.
+
+    Attributes:
+        size: Side of the square in pixels.
+        interpolation: "bicubic" or "bilinear".
+        resize_mode: "shortest" (resize then centre crop) or "squash".
+        crop_border: Pixels cut from every side first (ObjectNet's red border).
+    """
+
+    size: int
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+    crop_border: int = 0
+
+    def decode(self, image: bytes) -> np.ndarray:
+        """Decode encoded image bytes.
+
+        Returns:
+            (size, size, 3) uint8.
+
+        Raises:
+            ImageError: If the bytes are no image, truncated, or of more than MAX_IMAGE_PIXELS pixels.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow warns of oddities that decode well
+                picture = Image.open(io.BytesIO(image))
+                if picture.width * picture.height > MAX_IMAGE_PIXELS:
+                    raise ImageError("too_many_pixels", f"{picture.width}x{picture.height}")
+                picture.load()
+        except ImageError:
+            raise
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise ImageError("broken_image", str(error)[:200]) from None
+        return self.resize(picture)
+
+    def resize(self, picture: Image.Image) -> np.ndarray:
+        """Return a loaded picture as (size, size, 3) uint8."""
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms import functional as F
+
+        if self.crop_border:
+            border = self.crop_border
+            picture = picture.crop((border, border, picture.width - border, picture.height - border))
+        mode = InterpolationMode(self.interpolation)
+        if self.resize_mode == "squash":
+            picture = F.resize(picture, [self.size, self.size], interpolation=mode)
+        else:
+            picture = F.center_crop(F.resize(picture, [self.size], interpolation=mode), [self.size])
+        return np.asarray(picture.convert("RGB"), dtype=np.uint8)
+
+
+class Encoder(Protocol):
+    """Images and captions to unit rows. Implementations ship: `ClipEncoder`, `ProjectionEncoder`."""
+
+    preprocess: Preprocess
+    fingerprint: dict[str, Any]
+    dim: int
+
+    def encode_images(self, pixels: np.ndarray) -> np.ndarray:
+        """Map (n, size, size, 3) uint8 to (n, dim) float32 unit rows."""
+        ...
+
+    def encode_texts(self, texts: list[str]) -> np.ndarray:
+        """Map n captions to (n, dim) float32 unit rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """What builds the same encoder in any process.
+
+    Attributes:
+        model: open_clip name, `hf-hub:org/name`, `local-dir:path`, or "projection".
+        pretrained: open_clip tag, checkpoint file, run directory of `clipgap train`, or "random" (seeded, for tests).
+        device: "cpu" or "cuda".
+        precision: "fp32", "fp16" or "bf16" (autocast on GPUs).
+        batch_size: Rows per forward pass; shorter batches are padded.
+        threads: torch threads per encoder.
+        crop_border: See `Preprocess`.
+    """
+
+    model: str
+    pretrained: str = ""
+    device: str = "cpu"
+    precision: str = "fp32"
+    batch_size: int = 64
+    threads: int = 1
+    crop_border: int = 0
+
+    def build(self) -> Encoder:
+        """Build the encoder; errors are those of `check`."""
+        return ProjectionEncoder(self) if self.model == PROJECTION else ClipEncoder(self)
+
+
+def register_models(folder: str | Path | None = None) -> None:
+    """Make our small model configs (and those beside a checkpoint) known to open_clip in this process."""
+    import open_clip
+
+    open_clip.add_model_config(MODELS)
+    if folder is not None:
+        for path in sorted(Path(folder).glob("*.model.json")):
+            # open_clip names a config after its file's stem
+            name = path.name.removesuffix(".model.json")
+            if name not in open_clip.list_models():
+                open_clip.factory._MODEL_CONFIGS[name] = store.read_json(str(path))
+
+
+def resolve_checkpoint(pretrained: str) -> str:
+    """Return the checkpoint file behind a run directory of `clipgap train`; anything else comes back unchanged."""
+    if pretrained and os.path.isdir(pretrained):
+        latest = os.path.join(pretrained, "checkpoint.pt")
+        if not os.path.isfile(latest):
+            raise ConfigError(
+                f"{pretrained} is a directory without checkpoint.pt", hint="give a run of `clipgap train`"
+            )
+        return latest
+    return pretrained
+
+
+def check(settings: EncoderSettings) -> Preprocess:
+    """Check model and weights by name, without loading weights, and return the preprocessing.
+
+    Raises:
+        ConfigError: Unknown model (with the nearest names), unknown tag, missing file, or an activation that does
+            not fit the weights (QuickGELU costs 2-3 points silently, train_test_similarity.md 4.1).
+    """
+    if settings.model == PROJECTION:
+        return Preprocess(ProjectionEncoder.SIZE, crop_border=settings.crop_border)
+    import difflib
+
+    import open_clip
+
+    checkpoint = resolve_checkpoint(settings.pretrained)
+    register_models(os.path.dirname(checkpoint) if os.path.isfile(checkpoint) else None)
+    if settings.model.startswith(("hf-hub:", "local-dir:")):
+        return Preprocess(_schema_image_size(settings.model), crop_border=settings.crop_border)
+    model = ALIASES.get(settings.model, settings.model)
+    config = open_clip.get_model_config(model)
+    if config is None:
+        near = difflib.get_close_matches(model, open_clip.list_models(), n=3)
+        raise ConfigError(
+            f"unknown model {settings.model!r}; nearest names: {', '.join(near) or 'none'}",
+            hint="open_clip.list_models() lists all; 'projection' needs no weights",
+        )
+    tag = open_clip.get_pretrained_cfg(model, checkpoint) if checkpoint else {}
+    if checkpoint and checkpoint != "random" and not tag and not os.path.isfile(checkpoint):
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        raise ConfigError(
+            f"--pretrained {settings.pretrained!r} is neither a file nor a tag of {model}",
+            hint=f"tags: {', '.join(tags) or 'none'}",
+        )
+    if not checkpoint:
+        raise ConfigError(f"model {model} needs --pretrained: a tag or a checkpoint file")
+    if tag and bool(tag.get("quick_gelu")) != bool(config.get("quick_gelu")):
+        wanted = f"{model}-quickgelu" if tag.get("quick_gelu") else model.removesuffix("-quickgelu")
+        raise ConfigError(
+            f"weights {checkpoint!r} were trained with quick_gelu={bool(tag.get('quick_gelu'))}, "
+            f"model {model} has {bool(config.get('quick_gelu'))}",
+            hint=f"use --model {wanted}",
+        )
+    size = config["vision_cfg"].get("image_size", 224)
+    size = size[0] if isinstance(size, list | tuple) else size
+    return Preprocess(
+        size, tag.get("interpolation", "bicubic"), tag.get("resize_mode", "shortest"), settings.crop_border
+    )
+
+
+def _schema_image_size(model: str) -> int:
+    import open_clip
+
+    schema, name = model.split(":", 1)
+    config = (
+        store.read_json(store.join(name, "open_clip_config.json"))
+        if schema == "local-dir"
+        else open_clip.factory._get_hf_config(name)
+    )
+    size = config["model_cfg"]["vision_cfg"].get("image_size", 224)
+    return int(size[0] if isinstance(size, list | tuple) else size)
+
+
+class ClipEncoder:
+    """An open_clip model in evaluation mode."""
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        import open_clip
+        import torch
+
+        self.preprocess = check(settings)
+        self.settings = settings
+        self._torch = torch
+        torch.set_num_threads(settings.threads)
+        checkpoint = resolve_checkpoint(settings.pretrained)
+        name = ALIASES.get(settings.model, settings.model)
+        torch.manual_seed(0)  # "random" weights are the same everywhere
+        self.model = open_clip.create_model(
+            name, pretrained=None if checkpoint in ("", "random") else checkpoint, device=settings.device
+        ).eval()
+        self.tokenizer = open_clip.get_tokenizer(name)
+        config = open_clip.get_model_preprocess_cfg(self.model)
+        self._mean = torch.tensor(config["mean"], device=settings.device).view(1, 3, 1, 1)
+        self._std = torch.tensor(config["std"], device=settings.device).view(1, 3, 1, 1)
+        self.dim = int(self._probe_dim())
+        quick_gelu = bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False))
+        self.fingerprint = {
+            "model": settings.model,
+            "pretrained": os.path.basename(settings.pretrained.rstrip("/")),
+            "weights_sha256": weights_sha256(self.model),
+            "quick_gelu": quick_gelu,
+            "preprocess": {**asdict(self.preprocess), "mean": list(config["mean"]), "std": list(config["std"])},
+            "crop_border": settings.crop_border,
+            "dim": self.dim,
+            "precision": settings.precision,
+            "batch_size": settings.batch_size,
+            "threads": settings.threads,
+            "torch": torch.__version__,
+            "version": __version__,
+        }
+
+    def _probe_dim(self) -> int:
+        size = self.preprocess.size
+        with self._torch.inference_mode():
+            pixels = self._torch.zeros(1, 3, size, size, device=self.settings.device)
+            return int(self.model.encode_image(pixels).shape[1])
+
+    def encode_images(self, pixels: np.ndarray) -> np.ndarray:
+        """Map (n, size, size, 3) uint8 to (n, dim) float32 unit rows, in padded batches."""
+        torch = self._torch
+
+        def forward(batch: np.ndarray) -> Any:
+            tensor = torch.from_numpy(np.ascontiguousarray(batch)).to(self.settings.device)
+            tensor = tensor.permute(0, 3, 1, 2).float().div_(255).sub_(self._mean).div_(self._std)
+            return self.model.encode_image(tensor)
+
+        return self._in_batches(pixels, forward)
+
+    def encode_texts(self, texts: list[str]) -> np.ndarray:
+        """Map n captions to (n, dim) float32 unit rows, in padded batches."""
+        tokens = self.tokenizer(texts).numpy() if texts else np.zeros((0, 1), np.int64)
+
+        def forward(batch: np.ndarray) -> Any:
+            return self.model.encode_text(self._torch.from_numpy(batch).to(self.settings.device))
+
+        return self._in_batches(tokens, forward)
+
+    def _in_batches(self, rows: np.ndarray, forward: Any) -> np.ndarray:
+        torch, size = self._torch, self.settings.batch_size
+        result = np.zeros((len(rows), self.dim), np.float32)
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.settings.precision)
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            padding = size - len(batch)
+            if padding:
+                batch = np.concatenate([batch, np.repeat(batch[-1:], padding, axis=0)])
+            with (
+                torch.inference_mode(),
+                torch.autocast(self.settings.device, dtype=dtype or torch.float16, enabled=dtype is not None),
+            ):
+                features = forward(batch)[: size - padding].float()
+                features = torch.nn.functional.normalize(features, dim=-1)
+            result[start : start + size] = features.cpu().numpy()
+        return result
+
+
+def weights_sha256(model: Any) -> str:
+    """Return the sha256 over a torch module's parameters and buffers, by name."""
+    hasher = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        hasher.update(name.encode())
+        hasher.update(np.ascontiguousarray(tensor.detach().cpu().float().numpy()).tobytes())
+    return hasher.hexdigest()
+
+
+class ProjectionEncoder:
+    """A deterministic encoder without weights, for tests and dry runs.
+
+    Images: 8 x 8 mean pixels, centred, times a fixed random matrix. Captions: the mean of fixed random vectors of
+    their words. Close images get close rows; captions and images are unrelated.
+    """
+
+    SIZE = 64
+    DIM = 64
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        self.settings = settings
+        self.preprocess = Preprocess(self.SIZE, crop_border=settings.crop_border)
+        self.dim = self.DIM
+        self._matrix = np.random.default_rng(2310_09562).standard_normal((8 * 8 * 3, self.DIM)).astype(np.float32)
+        self.fingerprint = {
+            "model": PROJECTION,
+            "pretrained": "",
+            "weights_sha256": store.sha256(self._matrix.tobytes()),
+            "quick_gelu": False,
+            "preprocess": asdict(self.preprocess),
+            "crop_border": settings.crop_border,
+            "dim": self.DIM,
+            "precision": "fp32",
+            "batch_size": 1,
+            "threads": 1,
+            "version": __version__,
+        }
+
+    def encode_images(self, pixels: np.ndarray) -> np.ndarray:
+        """Map (n, 64, 64, 3) uint8 to (n, 64) float32 unit rows."""
+        cells = pixels.reshape(-1, 8, 8, 8, 8, 3).mean(axis=(2, 4), dtype=np.float32) / 255
+        flat = cells.reshape(len(pixels), 8 * 8 * 3)
+        centred = flat - flat.mean(axis=1, keepdims=True) + 1e-3
+        return _unit(np.stack([row @ self._matrix for row in centred]) if len(flat) else np.zeros((0, self.DIM)))
+
+    def encode_texts(self, texts: list[str]) -> np.ndarray:
+        """Map n captions to (n, 64) float32 unit rows."""
+        return _unit(np.stack([self._words(text) for text in texts]) if texts else np.zeros((0, self.DIM)))
+
+    def _words(self, text: str) -> np.ndarray:
+        total = np.full(self.DIM, 1e-3, np.float32)
+        for word in text.lower().split():
+            seed = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big")
+            total += np.random.default_rng(seed).standard_normal(self.DIM).astype(np.float32)
+        return total
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    rows = rows.astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)

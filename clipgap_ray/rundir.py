@@ -1,0 +1,351 @@
+"""A stage's output directory: commit log, lease, guard of settings, summary, manifest. Any fsspec URI.
+
+The unit of work is one part (one input shard). A stage writes the files of a part, then appends one record to
+the directory's commit log: the record is the commit. What has no record does not exist and is written again.
+The log is a folder of small JSON-lines segments, so it needs neither append nor rename (object stores have
+neither); opening it lists one prefix and compacts it, so a resume at 41,408 shards reads one file.
+
+    DIR/settings.json   what the directory was written with; other settings are refused
+    DIR/lease           the driver that writes here now
+    DIR/parts.json      shard name -> part number, given at first sight and never changed
+    DIR/commits/*.jsonl one record per committed part: rows, sha256 of files, counts
+    DIR/manifest.json   provenance, written when the stage is complete
+    DIR/summary.json    counts: read = kept + dropped by reason
+
+Rejected: marker files per part (41,408 requests at each resume) and Ray Data's row checkpoints (they re-read
+every shard and know nothing of appended ones).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from clipgap_ray import __version__, store
+from clipgap_ray.errors import DataError, LeaseError, StaleOutputError
+
+LEASE_BEAT_S = 5.0
+COMPACT_ABOVE = 64
+
+
+class CommitLog:
+    """Committed parts of a directory: `{part: record}` in memory, JSON-lines segments on disk.
+
+    Only the directory's one driver (see `Lease`) writes; records are small (counts and hashes).
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = store.join(uri, "commits")
+        self.records: dict[int, dict[str, Any]] = {}
+        names = [name for name in store.list_names(self.uri) if name.endswith(".jsonl")]
+        for name in names:
+            for line in store.read_bytes(store.join(self.uri, name)).splitlines():
+                record = json.loads(line)
+                self.records[record["part"]] = record
+        self._segments = names
+        self._next = 1 + max((int(name.split("-")[1][:8]) for name in names), default=-1)
+
+    def append(self, records: list[dict[str, Any]]) -> None:
+        """Commit parts: one new segment, whole or absent. Each record needs an int `part`."""
+        if not records:
+            return
+        name = f"log-{self._next:08d}.jsonl"
+        store.write_bytes(store.join(self.uri, name), b"".join(json.dumps(r).encode() + b"\n" for r in records))
+        self._next += 1
+        self._segments.append(name)
+        self.records.update({record["part"]: record for record in records})
+
+    def compact(self) -> None:
+        """Fold many segments into one; the new one is complete before the old ones go."""
+        if len(self._segments) <= COMPACT_ABOVE:
+            return
+        old = self._segments
+        self._segments = []
+        self.append([self.records[part] for part in sorted(self.records)])
+        fs, path = store.filesystem(self.uri)
+        for name in old:
+            fs.rm_file(store.join(path, name))
+
+
+def assign_parts(uri: str, shards: list[str]) -> dict[str, int]:
+    """Give every shard its part number; numbers given earlier stay, new shards take the next ones in order.
+
+    Args:
+        uri: The run directory; `parts.json` in it is read and, if anything is new, rewritten.
+        shards: Shard names in source order; a name may not repeat.
+
+    Returns:
+        Part numbers of these shards, in the order of `shards`.
+    """
+    path = store.join(uri, "parts.json")
+    known: dict[str, int] = store.read_json(path) if store.exists(path) else {}
+    new = [shard for shard in shards if shard not in known]
+    if len(set(new)) != len(new):
+        raise DataError(f"the sources name a shard twice: {next(s for s in new if new.count(s) > 1)}")
+    first = 1 + max(known.values(), default=-1)
+    known.update({shard: first + i for i, shard in enumerate(new)})
+    if new:
+        store.write_json(path, known)
+    return {shard: known[shard] for shard in shards}
+
+
+class Lease:
+    """One driver per directory. Locally a lock that dies with its process; elsewhere a beating counter.
+
+    Wall clocks of different machines are never compared: a remote lease is taken over only after its counter
+    stood still for three beats of our own clock.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = store.join(uri, "lease")
+        self.owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+        self._stop = threading.Event()
+        self._file: Any = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        if store.is_local(self.uri):
+            self._lock()
+        else:
+            self._take_over()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._file is not None:
+            self._file.close()
+            return
+        if self._thread is not None:
+            self._thread.join()
+        fs, path = store.filesystem(self.uri)
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm_file(path)
+
+    def _lock(self) -> None:
+        import fcntl  # absent on Windows; only the local lease needs it
+
+        path = Path(store.filesystem(self.uri)[1])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115  held until __exit__
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read() or "unknown"
+            file.close()
+            raise self._refusal(holder) from None
+        file.seek(0)
+        file.truncate()
+        file.write(json.dumps(self.owner))
+        file.flush()
+        self._file = file
+
+    def _take_over(self) -> None:
+        before = store.read_bytes(self.uri) if store.exists(self.uri) else b""
+        if before:
+            time.sleep(3 * LEASE_BEAT_S)  # the holder beats meanwhile, if it lives
+            if store.exists(self.uri) and store.read_bytes(self.uri) != before:
+                raise self._refusal(before.decode())
+        self._write(0)
+        time.sleep(0.2)  # a rival that wrote between our read and our write shows now
+        if json.loads(store.read_bytes(self.uri))["token"] != self.owner["token"]:
+            raise self._refusal(store.read_bytes(self.uri).decode())
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread.start()
+
+    def _write(self, beat: int) -> None:
+        store.write_bytes(self.uri, json.dumps({**self.owner, "beat": beat}).encode())
+
+    def _beat(self) -> None:
+        beat = 0
+        while not self._stop.wait(LEASE_BEAT_S):
+            beat += 1
+            self._write(beat)
+
+    def _refusal(self, holder: str) -> LeaseError:
+        return LeaseError(
+            f"{self.uri.rsplit('/', 1)[0]} is being written by another driver: {holder}",
+            hint="wait for it, stop it, or choose another --out",
+        )
+
+
+def guard(uri: str, settings: dict[str, Any]) -> None:
+    """Remember the settings a directory is written with; refuse others.
+
+    Args:
+        uri: The run directory; `settings.json` is written at first sight.
+        settings: Everything that changes the output (not workers, devices or progress).
+
+    Raises:
+        StaleOutputError: With every difference, when the directory was written with other settings.
+    """
+    path = store.join(uri, "settings.json")
+    settings = json.loads(json.dumps(settings, default=str))
+    if not store.exists(path):
+        store.write_json(path, settings)
+        return
+    before = store.read_json(path)
+    changed = [
+        f"{key} was {before.get(key)!r}, now {settings.get(key)!r}"
+        for key in sorted(before.keys() | settings.keys())
+        if before.get(key) != settings.get(key)
+    ]
+    if changed:
+        raise StaleOutputError(
+            f"{uri} was written with other settings: " + "; ".join(changed),
+            hint="choose another --out, or delete the directory to rebuild it",
+        )
+
+
+@dataclass
+class Summary:
+    """What a stage did, in numbers that reconcile: read = kept + the sum of dropped.
+
+    `dropped` maps a reason to a count; `notes` counts kept but remarkable samples; `extra` is for the stage.
+    """
+
+    stage: str
+    read: int = 0
+    kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
+    parts: int = 0
+    parts_skipped: int = 0  # already committed by an earlier run
+    seconds: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Add the counts of one commit record (keys `read`, `kept`, `dropped`, `notes`)."""
+        self.read += record.get("read", 0)
+        self.kept += record.get("kept", 0)
+        self.parts += 1
+        for name in ("dropped", "notes"):
+            counts: dict[str, int] = getattr(self, name)
+            for reason, count in record.get(name, {}).items():
+                counts[reason] = counts.get(reason, 0) + count
+
+    def check(self) -> None:
+        """Raise DataError unless every row read is kept or dropped for a reason."""
+        total = self.kept + sum(self.dropped.values())
+        if self.read != total:
+            raise DataError(f"{self.stage}: read {self.read} != kept {self.kept} + dropped {self.dropped} = {total}")
+
+    @property
+    def dropped_share(self) -> float:
+        """Share of the rows read that were dropped, 0 when nothing was read."""
+        return sum(self.dropped.values()) / self.read if self.read else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the summary as JSON values."""
+        return {
+            "stage": self.stage,
+            "read": self.read,
+            "kept": self.kept,
+            "dropped": self.dropped,
+            "notes": self.notes,
+            "parts": self.parts,
+            "parts_skipped": self.parts_skipped,
+            "seconds": round(self.seconds, 3),
+            **self.extra,
+        }
+
+
+class RunDirectory:
+    """A stage's output directory while the stage writes it: lease, guard, commit log, summary, manifest.
+
+    Use as a context manager. What is committed survives anything; a second run sees it in `log.records`.
+    """
+
+    def __init__(self, uri: str, stage: str, settings: dict[str, Any]) -> None:
+        self.uri = uri.rstrip("/")
+        self.stage = stage
+        self.settings = settings
+        self.summary = Summary(stage)
+        self._lease = Lease(self.uri)
+
+    def __enter__(self) -> Self:
+        self._lease.__enter__()
+        try:
+            guard(self.uri, {"stage": self.stage, **self.settings})
+            self.log = CommitLog(self.uri)
+            self.log.compact()
+        except BaseException:
+            self._lease.__exit__()
+            raise
+        self.summary.parts_skipped = len(self.log.records)
+        self._started = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lease.__exit__()
+
+    def path(self, *names: str) -> str:
+        """Return the URI of a file in the directory."""
+        return store.join(self.uri, *names)
+
+    def finish(self, manifest: dict[str, Any], **extra: Any) -> Summary:
+        """Write manifest and summary; the stage is complete.
+
+        Args:
+            manifest: Provenance: inputs by hash, encoder, and whatever readers need.
+            extra: Further fields of the summary.
+
+        Raises:
+            DataError: If the counts of the commit records do not reconcile.
+        """
+        skipped = self.summary.parts_skipped
+        self.summary = Summary(self.stage, parts_skipped=skipped, seconds=time.monotonic() - self._started)
+        for part in sorted(self.log.records):
+            self.summary.add(self.log.records[part])
+        self.summary.extra.update(extra)
+        self.summary.check()
+        content = store.digest([self.log.records[part].get("files", {}) for part in sorted(self.log.records)])
+        manifest = {
+            "stage": self.stage,
+            "version": __version__,
+            "settings": self.settings,
+            "digest": content,
+            **manifest,
+        }
+        store.write_json(self.path("manifest.json"), manifest)
+        store.write_json(self.path("summary.json"), self.summary.as_dict())
+        return self.summary
+
+
+def read_manifest(uri: str, stage: str) -> dict[str, Any]:
+    """Read a complete directory's manifest.
+
+    Args:
+        uri: The run directory.
+        stage: The stage that must have written it.
+
+    Raises:
+        DataError: If the directory has no manifest, or another stage wrote it.
+    """
+    path = store.join(uri, "manifest.json")
+    if not store.exists(path):
+        state = (
+            "is not complete"
+            if store.exists(store.join(uri, "settings.json"))
+            else "does not exist or is of another tool"
+        )
+        raise DataError(f"{uri}: expected the output of `clipgap {stage}`, but it {state}", hint=_remedy(stage))
+    manifest: dict[str, Any] = store.read_json(path)
+    if manifest.get("stage") != stage:
+        raise DataError(
+            f"{uri} is the output of `clipgap {manifest.get('stage')}`, expected that of `clipgap {stage}`",
+            hint=_remedy(stage),
+        )
+    return manifest
+
+
+def _remedy(stage: str) -> str:
+    return f"run `clipgap {stage} ... --out DIR` first, or correct the path"

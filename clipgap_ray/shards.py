@@ -1,0 +1,369 @@
+"""Read webdataset tars, parquet of images and folders of images; account for every sample in them.
+
+A shard is read in two passes over one local file: the tar's headers first (seeks, no data), then the members.
+So members of a sample need not be neighbours, keys may repeat, and the byte range of every image is known for
+galleries and training. Remote shards are copied to a temporary file first: one code path, a cut connection
+resumes inside the copy, and a read task holds one shard on disk and one sample in memory.
+
+Nothing vanishes: whatever cannot become a `Sample` becomes a `Skip`, with the shard, the key and a reason.
+
+Rejected: Ray's `read_webdataset` (raises on non-contiguous keys, knows no jpeg or webp, loses a whole task over
+one bad member) and webdataset's own iterator (drops silently).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipgap_ray import schema, store
+from clipgap_ray.errors import DataError
+from clipgap_ray.sources import IMAGE_SUFFIXES, Shard, list_shards, suffix_of
+
+CAPTION_FIELDS = ("caption", "text", "TEXT")
+URL_FIELDS = ("url", "URL")
+_COPY_BLOCK_BYTES = 8 << 20
+_COPY_ATTEMPTS = 5
+_PARQUET_BATCH_ROWS = 256
+
+
+@dataclass
+class Sample:
+    """One image with what came beside it. `image` holds the encoded bytes, not pixels."""
+
+    key: str
+    uid: str
+    image: bytes
+    caption: str | None = None
+    url: str | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+    label: int = -1
+    class_name: str = ""
+    group: str = ""
+    offset: int = -1
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """Hex sha256 of the encoded image."""
+        return hashlib.sha256(self.image).hexdigest()
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A sample (or, with an empty key, a shard) that could not be read. `is_sample`: it counts as one read row."""
+
+    key: str
+    reason: str
+    detail: str = ""
+    is_sample: bool = True
+
+
+# --- identity --------------------------------------------------------------------------------------------
+
+
+def sample_uid(fields: dict[str, Any], url: str | None, caption: str | None, shard: Shard, key: str) -> str:
+    """Return a sample's uid by the first rule that applies (design 5.2).
+
+    Args:
+        fields: The sample's json or parquet fields; a `uid` of 32 hex characters wins.
+        url: Source address; together with a caption it is hashed.
+        caption: Caption, if any.
+        shard: Where the sample lies. Without url and caption the uid is a hash of (source, shard base name, key),
+            base names only, so that a pool that moves keeps its uids.
+        key: webdataset key.
+
+    Returns:
+        32 hex characters.
+    """
+    given = fields.get("uid")
+    if isinstance(given, str) and schema.UID_TEXT.match(given):
+        return given.lower()
+    if url and caption:
+        return _hash("url", url, caption)
+    return _hash("key", shard.source, shard.name.rsplit("/", 1)[-1], key)
+
+
+def _hash(*words: str) -> str:
+    joined = "\0".join(words).encode()
+    return hashlib.blake2b(joined, digest_size=16).hexdigest()
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+def read_shard(shard: Shard) -> Iterator[Sample | Skip]:
+    """Yield every sample of a shard, or the reason why it cannot be one, in the order of the shard.
+
+    Args:
+        shard: A tar, a parquet file with a column of encoded images, or a folder of image files.
+
+    Yields:
+        `Sample` or `Skip`. A truncated tar gives the samples before the cut, then a Skip.
+    """
+    if shard.kind == "tar":
+        with _local_file(shard.uri) as file:
+            yield from _read_tar(file, shard)
+    elif shard.kind == "parquet":
+        with _local_file(shard.uri) as file:
+            yield from _read_parquet(file, shard)
+    else:
+        yield from _read_folder(shard)
+
+
+@contextlib.contextmanager
+def _local_file(uri: str) -> Iterator[IO[bytes]]:
+    """Open a shard as a local seekable file; a remote one is copied first, resuming where a connection broke."""
+    fs, path = store.filesystem(uri)
+    if store.is_local(uri):
+        try:
+            with open(path, "rb") as file:
+                yield file
+        except FileNotFoundError:
+            raise DataError(f"shard {uri} does not exist") from None
+        return
+    with tempfile.TemporaryFile(prefix="clipgap-shard-") as spool:
+        size = int(fs.size(path))
+        attempts = 0
+        while (done := spool.tell()) < size:
+            try:
+                spool.write(fs.cat_file(path, start=done, end=min(size, done + _COPY_BLOCK_BYTES)))
+            except OSError:  # botocore's and aiohttp's errors arrive as OSError through s3fs
+                attempts += 1
+                if attempts >= _COPY_ATTEMPTS:
+                    raise
+                spool.seek(done)
+        spool.seek(0)
+        yield spool
+
+
+@dataclass
+class _Members:
+    """Byte ranges of one sample's members by lower-case suffix."""
+
+    key: str
+    ranges: dict[str, tuple[int, int]]
+    odd_suffix: bool = False
+
+    def image(self) -> tuple[int, int] | None:
+        return next((self.ranges[s] for s in IMAGE_SUFFIXES if s in self.ranges), None)
+
+
+def _read_tar(file: IO[bytes], shard: Shard) -> Iterator[Sample | Skip]:
+    groups, problem = _index_tar(file)
+    if not groups and problem is None:
+        yield Skip("", "empty_shard", "no members", is_sample=False)
+    for members in groups:
+        yield _assemble(file, members, shard)
+    if problem is not None:
+        yield problem
+
+
+def _index_tar(file: IO[bytes]) -> tuple[list[_Members], Skip | None]:
+    """Group the members of a tar by key, in order of first appearance; report where it breaks off."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    groups: dict[str, list[_Members]] = {}
+    order: list[_Members] = []
+    if size == 0:
+        return order, Skip("", "truncated_shard", "zero bytes", is_sample=False)
+    problem: Skip | None = None
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  the file is the caller's
+        while True:
+            end = tar.offset
+            info = tar.next()
+            if info is None:
+                problem = _check_end(file, end, size)
+                break
+            if not info.isreg():
+                continue
+            if info.offset_data + info.size > size:
+                problem = Skip(_key_and_suffix(info.name)[0], "truncated_shard", f"{info.name} is cut off")
+                break
+            _file_member(info, groups, order)
+    except tarfile.TarError as error:
+        problem = Skip("", "truncated_shard", str(error), is_sample=False)
+    if problem is not None and problem.is_sample and problem.key in groups:
+        # The cut fell inside a later member of a sample whose image was read: the sample stays, with a note.
+        kept = groups[problem.key][-1].image() is not None
+        problem = Skip(problem.key, problem.reason, problem.detail, is_sample=False) if kept else problem
+        if not kept:
+            order.remove(groups[problem.key][-1])
+    return order, problem
+
+
+def _check_end(file: IO[bytes], end: int, size: int) -> Skip | None:
+    """A sound tar ends in zero blocks; anything else is a cut at a boundary or a damaged header."""
+    file.seek(end)
+    tail = file.read(512)
+    if tail.count(0) == len(tail) == 512:
+        return None
+    detail = "no end-of-archive blocks" if end >= size else f"damaged header at byte {end}"
+    return Skip("", "truncated_shard", detail, is_sample=False)
+
+
+def _key_and_suffix(name: str) -> tuple[str, str]:
+    """Split a member name at the first dot of its base name, as webdataset does."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix
+
+
+def _file_member(info: tarfile.TarInfo, groups: dict[str, list[_Members]], order: list[_Members]) -> None:
+    """Add a member to the latest sample of its key that lacks its suffix; a second one opens a new sample."""
+    key, raw_suffix = _key_and_suffix(info.name)
+    suffix = raw_suffix.lower()
+    same_key = groups.setdefault(key, [])
+    image = suffix in IMAGE_SUFFIXES
+    latest = same_key[-1] if same_key else None
+    if latest is None or suffix in latest.ranges or (image and latest.image() is not None):
+        name = key if latest is None else f"{key}#{len(same_key) + 1}"
+        latest = _Members(name, {})
+        same_key.append(latest)
+        order.append(latest)
+    latest.ranges[suffix] = (info.offset_data, info.size)
+    latest.odd_suffix |= image and raw_suffix not in IMAGE_SUFFIXES
+
+
+def _assemble(file: IO[bytes], members: _Members, shard: Shard) -> Sample | Skip:
+    def read(suffix: str) -> bytes | None:
+        if suffix not in members.ranges:
+            return None
+        offset, size = members.ranges[suffix]
+        file.seek(offset)
+        return file.read(size)
+
+    place = members.image()
+    if place is None:
+        return Skip(members.key, "no_image", f"members: {', '.join(sorted(members.ranges)) or 'none'}")
+    file.seek(place[0])
+    image = file.read(place[1])
+    notes = []
+    fields: dict[str, Any] = {}
+    raw_json = read("json")
+    if raw_json is not None:
+        try:
+            loaded = json.loads(raw_json)
+            fields = loaded if isinstance(loaded, dict) else {}
+        except ValueError:
+            notes.append("bad_json")
+    raw_text = read("txt")
+    caption = raw_text.decode("utf-8", errors="replace") if raw_text is not None else _first(fields, CAPTION_FIELDS)
+    if not caption:
+        notes.append("missing_caption")
+        caption = None
+    if "#" in members.key:
+        notes.append("repeated_key")
+    if members.odd_suffix:
+        notes.append("odd_suffix")
+    raw_label = read("cls")
+    try:
+        label = int(raw_label) if raw_label is not None else -1
+    except ValueError:
+        return Skip(members.key, "bad_label", f"cls is {raw_label[:40]!r}, expected an integer" if raw_label else "")
+    url = _first(fields, URL_FIELDS)
+    uid = sample_uid(fields, url, caption, shard, members.key)
+    return Sample(members.key, uid, image, caption, url, fields, label, offset=place[0], notes=tuple(notes))
+
+
+def _first(fields: dict[str, Any], names: tuple[str, ...]) -> str | None:
+    return next((fields[name] for name in names if isinstance(fields.get(name), str) and fields[name]), None)
+
+
+def _read_parquet(file: IO[bytes], shard: Shard) -> Iterator[Sample | Skip]:
+    """Rows with a column of encoded images: binary, or a struct with `bytes` (Hugging Face's image feature)."""
+    try:
+        parquet = pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        yield Skip("", "truncated_shard", f"not parquet: {error}", is_sample=False)
+        return
+    column = _image_column(parquet.schema_arrow)
+    if column is None:
+        raise DataError(
+            f"{shard.uri} has no column of images: columns are {parquet.schema_arrow.names}",
+            hint="expected a binary column named image, jpg, bytes or image_bytes",
+        )
+    position = 0
+    for batch in parquet.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
+        for row in batch.to_pylist():
+            image = row.pop(column)
+            image = image.get("bytes") if isinstance(image, dict) else image
+            key = str(row.get("key") or f"{position:09d}")
+            position += 1
+            if not image:
+                yield Skip(key, "no_image", f"{column} is null")
+                continue
+            caption, url = _first(row, CAPTION_FIELDS), _first(row, URL_FIELDS)
+            uid = sample_uid(row, url, caption, shard, key)
+            label = row.get("label", row.get("cls", -1))
+            notes = () if caption else ("missing_caption",)
+            label = label if isinstance(label, int) else -1
+            yield Sample(key, uid, image, caption, url, row, label, notes=notes)
+
+
+def _image_column(columns: pa.Schema) -> str | None:
+    for name in ("image", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes"):
+        if name in columns.names:
+            kind = columns.field(name).type
+            if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind):
+                return name
+    return None
+
+
+def _read_folder(shard: Shard) -> Iterator[Sample | Skip]:
+    """Image files of one folder (not of its sub-folders); a .txt of the same stem is the caption."""
+    names = store.list_names(shard.uri)
+    images = [name for name in names if suffix_of(name) in IMAGE_SUFFIXES]
+    if not images:
+        yield Skip("", "empty_shard", "no image files", is_sample=False)
+    texts = {name for name in names if name.lower().endswith(".txt")}
+    for name in images:
+        key = f"{shard.name}/{name}"  # the full relative path: stems may collide (a.jpg beside a.png)
+        image = store.read_bytes(store.join(shard.uri, name))
+        text = name.rsplit(".", 1)[0] + ".txt"
+        caption = store.read_bytes(store.join(shard.uri, text)).decode(errors="replace") if text in texts else None
+        uid = sample_uid({}, None, None, shard, key)
+        if not image:
+            yield Skip(key, "no_image", "zero bytes")
+            continue
+        notes = () if caption else ("missing_caption",)
+        yield Sample(key, uid, image, caption, notes=notes)
+
+
+def write_tar(samples: list[tuple[str, dict[str, bytes]]]) -> bytes:
+    """Write samples as a deterministic webdataset tar (mtime 0, owner 0, members in the order given).
+
+    Args:
+        samples: (key, {suffix: bytes}) in order.
+    """
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, members in samples:
+            for suffix, data in members.items():
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "Sample",
+    "Shard",
+    "Skip",
+    "list_shards",
+    "read_shard",
+    "sample_uid",
+    "write_tar",
+]
