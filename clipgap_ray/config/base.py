@@ -77,7 +77,8 @@ def _fields_at(settings: type[pydantic.BaseModel], path: tuple[int | str, ...]) 
     for step in path:
         if isinstance(current, type) and issubclass(current, pydantic.BaseModel) and step in current.model_fields:
             current = _model_in(current.model_fields[str(step)].annotation)
-    return list(current.model_fields) if isinstance(current, type) else []
+    is_model = isinstance(current, type) and issubclass(current, pydantic.BaseModel)
+    return list(current.model_fields) if is_model else []
 
 
 def _model_in(annotation: Any) -> Any:

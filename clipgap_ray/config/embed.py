@@ -1,0 +1,69 @@
+"""Settings of `embed` and `import`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import pydantic
+import tyro
+
+from clipgap_ray.config.base import Operational, Settings
+from clipgap_ray.embeddings import parse_part_range
+
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "fp32", "fp16", "bf16"]
+
+
+class EmbedSettings(Settings):
+    """Embed every image (and caption) of a source into a folder of unit rows, one part per shard."""
+
+    source: tyro.conf.Positional[str]
+    """Tars, parquet of images or folders of images: a directory, glob, `{000..099}.tar`, `@list.txt`, joined by `::`;
+    or a labelled test set (wds, CounterAnimal's tree, one folder per class, manifest.csv)."""
+    out: str
+    """Folder of embeddings to write; running again continues it."""
+    model: str
+    """open_clip model name, `hf-hub:org/name`, `local-dir:path`, or `projection` (deterministic, no weights)."""
+    pretrained: str = ""
+    """Tag of open_clip, checkpoint file, or run directory of `clipgap train`."""
+    text: bool = True
+    """Embed captions too; `--no-text` leaves them out."""
+    crop_border: int = 0
+    """Pixels to cut from every side first (ObjectNet's red border: 2)."""
+    batch_size: pydantic.PositiveInt = 128
+    """Rows per forward pass. Part of the encoder's fingerprint: the last bits of an embedding depend on it."""
+    precision: Precision = "auto"
+    """Autocast on GPUs: auto is fp16 there and fp32 on CPUs."""
+    shards: str | None = None
+    """Only the shards FIRST:END of the source, for a trial; marked in the manifest."""
+    sample: pydantic.PositiveFloat = 1.0
+    """Only this share of the samples, chosen by uid; marked in the manifest."""
+    device: Annotated[Device, Operational()] = "auto"
+    """auto: GPUs if the cluster has any, else CPUs."""
+    workers: Annotated[int, Operational()] = 0
+    """Encoder actors; 0 = one per GPU, or one per two CPU cores."""
+    threads: int = 1
+    """torch threads per encoder; part of the fingerprint."""
+    max_skip_fraction: Annotated[float, Operational()] = 0.01
+    """Exit with code 3 when a larger share of the samples had to be skipped."""
+
+    @pydantic.field_validator("shards")
+    @classmethod
+    def _range(cls, value: str | None) -> str | None:
+        parse_part_range(value)
+        return value
+
+
+class ImportSettings(Settings):
+    """Bring ready embeddings into the layout: a clip-retrieval folder, DataComp npz beside parquet, or parquet."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder with img_emb/*.npy and metadata/*.parquet, or *.npz with *.parquet, or *.parquet with a vector column."""
+    out: str
+    """Folder of embeddings to write."""
+    model: str
+    """The open_clip model that made the rows; recorded as given, and compared with the other side of every score."""
+    pretrained: str
+    """Its pretrained tag; recorded as given."""
+    embedding_column: str = "embedding"
+    """Column with the vectors, for parquet folders; for npz the arrays' prefix (`l14`, `b32`)."""

@@ -1,0 +1,58 @@
+"""Settings of `score` and `dedup`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import pydantic
+
+from clipgap_ray import schema
+from clipgap_ray.config.base import Operational, Settings
+from clipgap_ray.errors import ConfigError
+
+
+class DedupSettings(Settings):
+    """Find duplicates in a pool by image bytes and by similarity, and decide which rows stay."""
+
+    pool: str
+    """Folder of embeddings."""
+    out: str
+    """Directory for the keep table."""
+    min_similarity: pydantic.PositiveFloat = 0.876
+    """Two rows at least this alike are duplicates (the paper's 1 - 0.124). Exact copies (sha256) always are."""
+    rule: Literal["greedy", "semdedup", "components"] = "greedy"
+    """greedy: close to a kept row; semdedup: close to any earlier row (reproduces the papers, chain effect
+    included); components: one row per connected component."""
+    order: Literal["uid", "source"] = "uid"
+    """Which of two duplicates comes first: by uid (independent of shards), or by source order as in the papers."""
+
+
+class ScoreSettings(Settings):
+    """One exact pass over a pool: every row's similarity to every test set, every test row's nearest pool rows."""
+
+    pool: str
+    """Folder of embeddings of the pool."""
+    out: str
+    """Directory for the score tables."""
+    test: tuple[str, ...]
+    """Test sets, NAME=EMB, separated by blanks."""
+    keep: str = ""
+    """Only rows that stay in this dedup output or split."""
+    reference: tuple[str, ...] = ()
+    """Reference whose gap gives the thresholds tau: EMB for all test sets, or NAME=EMB for one of them."""
+    thresholds: tuple[str, ...] = ()
+    """Thresholds files NAME=FILE instead of a reference's embeddings."""
+    k: pydantic.PositiveInt = 100
+    """Nearest pool rows to keep per test row."""
+    add: bool = False
+    """Add these test sets to scores that exist, without scoring the others again."""
+    group_bytes: Annotated[int, Operational()] = 1 << 28
+    """Bytes of neighbouring parts that one task reads."""
+
+    @pydantic.field_validator("test")
+    @classmethod
+    def _tests(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ConfigError("--test names no test set", hint="for example --test val=out/embed/val")
+        schema.named(value, "--test")
+        return value

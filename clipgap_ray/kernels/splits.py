@@ -1,0 +1,125 @@
+"""Splits as filters over stored columns. A uid that repeats counts once; its copies stand or fall together.
+
+near-pruned(n) keeps the n LEAST similar uids, far-pruned(n) keeps the n MOST similar (paper 2310.09562, 1.6);
+both names say what is thrown away. Ties go by uid, so that near(n) and far(N - n) are complements.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from clipgap_ray.errors import ConfigError
+from clipgap_ray.schema import sort_uids
+
+Policy = Literal["max", "rank", "zscore"]
+
+
+def unique_uids(uids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sorted unique uids and each row's position among them.
+
+    Args:
+        uids: (n,) `schema.UID`.
+
+    Returns:
+        (u,) `schema.UID` sorted, (n,) int64 positions.
+    """
+    if not len(uids):
+        return uids[:0], np.zeros(0, np.int64)
+    order = sort_uids(uids)
+    ordered = uids[order]
+    new = np.concatenate([[True], ordered[1:] != ordered[:-1]])
+    position = np.empty(len(uids), np.int64)
+    position[order] = np.cumsum(new) - 1
+    return ordered[new], position
+
+
+def max_per_uid(values: np.ndarray, position: np.ndarray, num_uids: int) -> np.ndarray:
+    """Return the (u,) float64 maximum over the copies of every uid of (n,) row values."""
+    result = np.full(num_uids, -np.inf)
+    np.maximum.at(result, position, values.astype(np.float64))
+    return result
+
+
+def parse_size(size: str, total: int) -> int:
+    """Turn a size into a number of uids kept: an integer is a count, a number with a point a fraction.
+
+    Args:
+        size: For example "50000" or "0.25".
+        total: Uids to choose from.
+
+    Raises:
+        ConfigError: If it is not a number, negative, or more than there is.
+    """
+    try:
+        keep = round(float(size) * total) if "." in size else int(size)
+    except ValueError:
+        raise ConfigError(
+            f"--size {size!r} is neither an integer (kept) nor a number with a point (fraction)"
+        ) from None
+    if not 0 <= keep <= total:
+        raise ConfigError(f"--size {size} asks for {keep} of {total} uids", hint="a fraction lies between 0.0 and 1.0")
+    return keep
+
+
+def keep_least(values: np.ndarray, size: int) -> np.ndarray:
+    """near-pruning: keep the `size` uids with the LOWEST values, ties by uid (position).
+
+    Args:
+        values: (u,) float64, one per uid in uid order.
+        size: Uids to keep.
+
+    Returns:
+        (u,) bool, True = stays.
+    """
+    keep = np.zeros(len(values), bool)
+    keep[np.argsort(values, kind="stable")[:size]] = True
+    return keep
+
+
+def keep_most(values: np.ndarray, size: int) -> np.ndarray:
+    """far-pruning: keep the `size` uids with the HIGHEST values; the complement of `keep_least(values, u - size)`."""
+    return ~keep_least(values, len(values) - size)
+
+
+def boundary(values: np.ndarray, size: int, bound: float) -> np.ndarray:
+    """Return the (b,) positions whose rank around the cut at `size` could change within +-`bound` of their value.
+
+    `values` are (u,) scores each within `bound` of the truth, in the direction of keep_least. Only these rows
+    need exact values before the cut.
+    """
+    if size in (0, len(values)):
+        return np.zeros(0, np.int64)
+    cut = np.partition(values, size - 1)[[size - 1]] if size < len(values) else values[:0]
+    return np.nonzero(np.abs(values - cut) <= 2 * bound)[0]
+
+
+def keep_random(num_uids: int, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Keep a uniform sample without replacement of `size` uids; (u,) bool."""
+    keep = np.zeros(num_uids, bool)
+    keep[rng.permutation(num_uids)[:size]] = True
+    return keep
+
+
+def merge_scores(columns: np.ndarray, policy: Policy) -> np.ndarray:
+    """Merge the scores of several test sets into one, for core sets (the paper's own rule is not released, 2.7).
+
+    Args:
+        columns: (T, u) float64 m per test set.
+        policy: "max" = the largest; "rank" = round-robin over the sets' descending lists (a uid's value is minus its
+            best rank); "zscore" = the largest after standardising each set.
+
+    Returns:
+        (u,) float64, larger = more alike.
+    """
+    if policy == "max":
+        return columns.max(axis=0)
+    if policy == "zscore":
+        spread = columns.std(axis=1, keepdims=True)
+        spread[spread == 0] = 1.0
+        return ((columns - columns.mean(axis=1, keepdims=True)) / spread).max(axis=0)
+    ranks = np.empty_like(columns)
+    for row, values in zip(ranks, columns, strict=True):
+        row[np.argsort(-values, kind="stable")] = np.arange(len(values))
+    return -ranks.min(axis=0)

@@ -1,0 +1,136 @@
+"""One way to reach a cluster, size requests to it, and show progress."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import ray
+
+from clipgap_ray.errors import ClipgapError, ConfigError
+
+T = TypeVar("T")
+
+LOCAL_CPUS = 4  # logical: Ray does not pin cores, and stages ask for fractions, so two cores are enough
+LOG_EVERY_S = 10.0
+
+logger = logging.getLogger("clipgap")
+
+
+def connect() -> None:
+    """Join the cluster of RAY_ADDRESS or of the running job, or start a private one on this machine."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    for name in ("ray.data", "ray.train", "ray.serve", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=True, logging_level=logging.WARNING)
+        return
+    # A private cluster needs no token on disk: without this Ray writes one into the home directory.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    ray.init(
+        num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1),
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=os.environ.get("CLIPGAP_WORKER_LOGS") == "1",
+        object_store_memory=_object_store_bytes(),
+        _temp_dir=os.environ.get("CLIPGAP_RAY_TMP"),
+    )
+
+
+def _object_store_bytes() -> int:
+    """A quarter of the memory, at most 2 GB: stages stream, they do not materialise."""
+    pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return int(min(2e9, max(2e8, pages * page / 4)))
+
+
+def cluster_cpus() -> float:
+    """Return the CPUs of the cluster now, at least 1."""
+    return max(1.0, ray.cluster_resources().get("CPU", 1.0))
+
+
+def physical_cpus() -> int:
+    """Return the cores that are really there: logical CPUs of a private cluster exceed them."""
+    return max(1, min(int(cluster_cpus()), (os.cpu_count() or 1) * len(ray.nodes())))
+
+
+def resolve_device(device: str) -> str:
+    """Resolve "auto" against what the cluster has.
+
+    Raises:
+        ConfigError: If "cuda" was asked for and no node has a GPU.
+    """
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if device == "cuda" and not gpus:
+        raise ConfigError("device is 'cuda', but no node of the cluster has a GPU", hint="use --device auto or cpu")
+    if device == "auto":
+        return "cuda" if gpus else "cpu"
+    return device
+
+
+def bounded(submit: Callable[[T], Any], items: Iterable[T], limit: int = 0) -> Iterator[Any]:
+    """Yield the results of Ray tasks as they finish, with a bounded number in flight.
+
+    Args:
+        submit: Starts the task of an item and returns its object reference.
+        items: What to work on; taken lazily, in order.
+        limit: Tasks in flight; 0 = one per core that is really there.
+
+    Raises:
+        The task's own error, without Ray's wrapping, when it is one of ours.
+    """
+    limit = limit or physical_cpus()
+    waiting = iter(items)
+    running = [submit(item) for item in itertools.islice(waiting, limit)]
+    while running:
+        done, running = ray.wait(running)
+        try:
+            results = ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, ClipgapError) else error from None
+        running.extend(submit(item) for item in itertools.islice(waiting, len(done)))
+        yield from results
+
+
+class Progress:
+    """Done/total, rate and ETA on stderr: a rewritten line on a terminal, a log line every 10 s elsewhere."""
+
+    def __init__(self, stage: str, total: int, unit: str, done: int = 0) -> None:
+        self.stage, self.total, self.unit = stage, total, unit
+        self.done = self.first = done
+        self.rows = 0
+        self.started = self.shown = time.monotonic()
+        self.live = sys.stderr.isatty()
+
+    def advance(self, units: int = 1, rows: int = 0) -> None:
+        """Count finished units (parts, steps) and the rows in them."""
+        self.done += units
+        self.rows += rows
+        now = time.monotonic()
+        if now - self.shown >= (0.2 if self.live else LOG_EVERY_S):
+            self.shown = now
+            self._show("\r" if self.live else "", "" if self.live else "\n")
+
+    def close(self) -> None:
+        """Show the final state."""
+        self._show("\r" if self.live else "", "\n")
+
+    def _show(self, start: str, end: str) -> None:
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        rate = (self.done - self.first) / seconds
+        left = (self.total - self.done) / rate if rate else math.inf
+        eta = f", ETA {left:.0f} s" if 0 < left < math.inf else ""
+        rows = f", {self.rows / seconds:,.0f} rows/s" if self.rows else ""
+        line = f"{self.stage}: {self.done}/{self.total} {self.unit}{rows}, {seconds:.0f} s{eta}"
+        sys.stderr.write(f"{start}{line:<78}{end}")
+        sys.stderr.flush()
