@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
@@ -38,6 +39,11 @@ def connect() -> None:
         return
     # A private cluster needs no token on disk: without this Ray writes one into the home directory.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    with _quiet_stderr():
+        _start_private()
+
+
+def _start_private() -> None:
     ray.init(
         num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1),
         include_dashboard=False,
@@ -46,6 +52,19 @@ def connect() -> None:
         object_store_memory=_object_store_bytes(),
         _temp_dir=os.environ.get("CLIPGAP_RAY_TMP"),
     )
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Hide what Ray's C++ side writes to file descriptor 2 while it starts; Python's errors still raise."""
+    saved = os.dup(2)
+    with open(os.devnull, "w") as sink:
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
 
 
 def _object_store_bytes() -> int:
@@ -109,6 +128,7 @@ class Progress:
         self.stage, self.total, self.unit = stage, total, unit
         self.done = self.first = done
         self.rows = 0
+        self.note = ""  # shown at the end of the line
         self.started = self.shown = time.monotonic()
         self.live = sys.stderr.isatty()
 
@@ -131,6 +151,7 @@ class Progress:
         left = (self.total - self.done) / rate if rate else math.inf
         eta = f", ETA {left:.0f} s" if 0 < left < math.inf else ""
         rows = f", {self.rows / seconds:,.0f} rows/s" if self.rows else ""
-        line = f"{self.stage}: {self.done}/{self.total} {self.unit}{rows}, {seconds:.0f} s{eta}"
+        note = f", {self.note}" if self.note else ""
+        line = f"{self.stage}: {self.done}/{self.total} {self.unit}{rows}, {seconds:.0f} s{eta}{note}"
         sys.stderr.write(f"{start}{line:<78}{end}")
         sys.stderr.flush()
