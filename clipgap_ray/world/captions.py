@@ -87,11 +87,11 @@ def wrong_name(name: str, names: Sequence[str], rng: np.random.Generator) -> str
 
 def _sentence(words: dict[str, str], name: str, facts: Facts, rng: np.random.Generator) -> str:
     """ "a photo of a small red fish on grass", with each word but the name left out now and then."""
-    medium = words["medium"] if rng.random() < 0.8 else ""
-    size = facts.size if rng.random() < 0.5 else ""
+    medium = words["medium"] if rng.random() < 0.6 else ""
+    size = facts.size if rng.random() < 0.08 else ""
     coloured = facts.style in ("photo", "cartoon", "painting")
-    colour = facts.colour if coloured and rng.random() < 0.55 else ""
-    place = words["place"] if rng.random() < 0.6 else ""
+    colour = facts.colour if coloured and rng.random() < 0.12 else ""
+    place = words["place"] if rng.random() < 0.15 else ""
     described = _tidy(f"{size} {colour} {name}")
     article = ("an" if described[0] in "aeiou" else "a") if rng.random() < 0.85 else "the"
     return _tidy(f"{medium} {article} {described} {place}")

@@ -74,7 +74,7 @@ class WorldSpec:
     wrong_rate: float = 0.03
     off_topic_rate: float = 0.04
     # The pictures.
-    correlation: float = 0.6
+    correlation: float = 0.4
     difficulty: float = 0.5
     faults: bool = False
 
