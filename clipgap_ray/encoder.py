@@ -26,6 +26,7 @@ from clipgap_ray.errors import ConfigError
 MODELS = Path(__file__).parent / "models"
 PROJECTION = "projection"
 MAX_IMAGE_PIXELS = 64_000_000  # a decompression bomb guard: 64 megapixels, 192 MB decoded
+MAX_ASPECT = 50  # resizing the short side of a 1 x 60,000 image would make it 13 million pixels long
 ALIASES = {"ViT-B/32": "ViT-B-32", "ViT-B/16": "ViT-B-16", "ViT-L/14": "ViT-L-14"}
 
 
@@ -68,6 +69,8 @@ class Preprocess:
                 picture = Image.open(io.BytesIO(image))
                 if picture.width * picture.height > MAX_IMAGE_PIXELS:
                     raise ImageError("too_many_pixels", f"{picture.width}x{picture.height}")
+                if max(picture.size) > MAX_ASPECT * min(picture.size):
+                    raise ImageError("extreme_aspect", f"{picture.width}x{picture.height}")
                 picture.load()
         except ImageError:
             raise

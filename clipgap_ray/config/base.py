@@ -55,7 +55,8 @@ class Settings(pydantic.BaseModel):
 
 def explain(error: pydantic.ValidationError, settings: type[pydantic.BaseModel], where: str) -> ConfigError:
     """Turn pydantic's report into one line: the key, the value, what was expected, the nearest known key."""
-    first = error.errors()[0]
+    # An unknown key explains a missing one: it is usually that key, misspelled.
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     path = ".".join(str(step) for step in first["loc"])
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])

@@ -80,7 +80,7 @@ def _index_shard(uri: str, part: int, shard: Shard, test_set: testsets.TestSet |
         if shard.kind == "parquet":
             raise ConfigError(
                 f"{shard.uri} is parquet: training reads images by byte range, from tars or image files",
-                hint="convert it with `clipgap export`, or train on its tars",
+                hint="train on the tars that it was made from",
             )
         in_tar = item.offset >= 0
         rows.append(

@@ -49,7 +49,7 @@ class WorldSpec:
         wrong_rate: Fraction of on-topic rows whose caption names another class.
         off_topic_rate: Fraction of rows showing an abstract pattern with an unrelated caption.
         correlation: P(background = habitual one of the class) = 1/B + correlation * (1 - 1/B).
-        difficulty: 0 to 1; scales noise, clutter and range of poses. 0.5 is the tuned default.
+        difficulty: 0 to 1; scales noise, clutter and range of poses. 0.2 is the tuned default.
         faults: Plant the defects listed in `plan.py`.
 
     Raises:
@@ -74,8 +74,8 @@ class WorldSpec:
     wrong_rate: float = 0.03
     off_topic_rate: float = 0.04
     # The pictures.
-    correlation: float = 0.4
-    difficulty: float = 0.5
+    correlation: float = 0.3
+    difficulty: float = 0.2
     faults: bool = False
 
     def __post_init__(self) -> None:

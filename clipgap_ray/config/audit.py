@@ -1,0 +1,73 @@
+"""Settings of `audit`."""
+
+from __future__ import annotations
+
+import re
+from typing import Self
+
+import pydantic
+
+from clipgap_ray import schema
+from clipgap_ray.config.base import Settings
+from clipgap_ray.errors import ConfigError
+
+METRICS = ("dup_rate", "exact_rate", "closer_rate")
+RULE = re.compile(r"(?P<metric>[a-z_]+)\s*(?P<sign>>=|>)\s*(?P<limit>[0-9.eE+-]+)\Z")
+
+
+class AuditSettings(Settings):
+    """Look for a test set inside a pool: duplicates, similarity gap, accuracy on the clean part. No training."""
+
+    pool: str
+    """Folder of embeddings of the pool."""
+    out: str
+    """Directory for audit.json and index.html."""
+    test: tuple[str, ...]
+    """Test sets, NAME=EMB, separated by blanks."""
+    reference: str = ""
+    """Folder of embeddings whose gap is the yardstick."""
+    thresholds: tuple[str, ...] = ()
+    """Thresholds files instead of a reference: FILE for a single test set, or NAME=FILE."""
+    predictions: tuple[str, ...] = ()
+    """Per-sample predictions of `clipgap evaluate`: FILE for a single test set, or NAME=FILE."""
+    near: tuple[float, ...] = (0.9, 0.95, 0.99)
+    """Similarities at which near duplicates are counted. What a value looks like depends on the encoder: see
+    the report's similarity ladder."""
+    duplicate: float = 0.95
+    """A test image with a pool image at least this alike, or with equal bytes, counts as duplicated."""
+    recall: str = ""
+    """JSON {"recall": r, "similarity": s} of a positive control (altered copies found at s): lets a set without
+    duplicates be called CLEAN AT RECALL r."""
+    pairs: pydantic.NonNegativeInt = 20
+    """Closest pairs to list per test set."""
+    fail_on: tuple[str, ...] = ()
+    """Rules such as dup_rate>0.001; exit code 4 when one holds for any test set. Metrics: dup_rate, exact_rate,
+    closer_rate (share closer to the pool than to the reference)."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.test:
+            raise ConfigError("--test names no test set", hint="for example --test val=out/embed/val")
+        schema.named(self.test, "--test")
+        if self.reference and self.thresholds:
+            raise ConfigError("give --reference or --thresholds, not both")
+        for rule in self.fail_on:
+            parse_rule(rule)
+        return self
+
+
+def parse_rule(text: str) -> tuple[str, str, float]:
+    """Read `dup_rate>0.001` into (metric, sign, limit).
+
+    Raises:
+        ConfigError: If it is no rule or the metric is unknown.
+    """
+    match = RULE.match(text.strip())
+    if match is None or match["metric"] not in METRICS:
+        raise ConfigError(
+            f"--fail-on {text!r} is no rule", hint=f"METRIC>NUMBER with METRIC one of {', '.join(METRICS)}"
+        )
+    try:
+        return match["metric"], match["sign"], float(match["limit"])
+    except ValueError:
+        raise ConfigError(f"--fail-on {text!r}: {match['limit']!r} is no number") from None

@@ -1,0 +1,34 @@
+"""Settings of `robustness`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import tyro
+
+from clipgap_ray.config.base import Settings
+
+
+class RobustnessSettings(Settings):
+    """Fit a line to baseline models and measure how far other models lie above it (effective robustness)."""
+
+    table: tyro.conf.Positional[str]
+    """CSV with one row per model."""
+    out: str
+    """Directory for robustness.json, residuals.csv and robustness.svg."""
+    x: str
+    """Column with the accuracy on the usual test set."""
+    y: str
+    """Column with the accuracy on the shifted test set."""
+    baseline: str
+    """CSV with the baseline models and the same columns; the line is fitted to them."""
+    name: str = "name"
+    """Column with the models' names."""
+    axes: Literal["probit", "logit", "linear"] = "probit"
+    """Axes on which the line is straight."""
+    x_n: str = ""
+    """Column with the number of images behind x; with it 0 and 100 % become (h + 1/2) / (n + 1)."""
+    y_n: str = ""
+    """Likewise for y."""
+    unit: Literal["auto", "percent", "fraction"] = "auto"
+    """auto: a file with any value above 1 holds percent; which was found is printed and stored."""

@@ -1,0 +1,34 @@
+"""Settings of `shift`."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import pydantic
+
+from clipgap_ray.config.base import Settings
+from clipgap_ray.errors import ConfigError
+
+
+class ShiftSettings(Settings):
+    """Accuracy per class and group, and the drop from the first group to the second, with intervals."""
+
+    out: str
+    """Directory for shift.json, per_class.csv and shift.svg."""
+    predictions: tuple[str, ...] = ()
+    """Per-sample predictions of `clipgap evaluate`: FILE.parquet, or NAME=FILE.parquet for several models."""
+    table: str = ""
+    """CSV with a row per class: `label`, `n_<first>`, `n_<second>` and, per model, `<MODEL>_c` and `<MODEL>_k`
+    (accuracies of the first and second group, in percent or fractions)."""
+    groups: tuple[str, str] = ("common", "counter")
+    """The group expected to be easy, then the hard one: drop = first - second."""
+    draws: pydantic.PositiveInt = 2000
+    """Bootstrap samples."""
+    seed: int = 0
+    """Seed of the bootstraps."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_input(self) -> Self:
+        if bool(self.predictions) == bool(self.table):
+            raise ConfigError("shift needs --predictions or --table, and not both", hint="see `clipgap shift --help`")
+        return self

@@ -1,0 +1,183 @@
+"""Settings of `run` (a whole study from one YAML file), `demo` and `status`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+import tyro
+
+from clipgap_ray import schema
+from clipgap_ray.config import split as split_config
+from clipgap_ray.config.base import Operational, Settings
+from clipgap_ray.errors import ConfigError
+
+KINDS: dict[str, type[split_config.SplitSettings]] = {
+    "gap-match": split_config.GapMatch,
+    "near": split_config.Near,
+    "far": split_config.Far,
+    "core": split_config.Core,
+    "random": split_config.Random,
+    "threshold": split_config.Threshold,
+    "full": split_config.Full,
+}
+
+
+class WorldSection(Settings):
+    """A world to render; leave it out when `data` names real data."""
+
+    kind: Literal["miniature", "digits"] = "miniature"
+    """Which world."""
+    preset: Literal["tiny", "small"] = "small"
+    """Its size."""
+    rows: pydantic.PositiveInt | None = None
+    """Pool rows, instead of the preset's."""
+    seed: int = 0
+    """Same seed, same bytes."""
+    correlation: float | None = None
+    """Class-background correlation of the pool."""
+
+
+class DataSection(Settings):
+    """Where real data lies, instead of a world."""
+
+    pool: str
+    """Tars of image-text pairs."""
+    reference: str
+    """Labelled set whose gap is matched."""
+    tests: dict[str, str]
+    """Test sets by name."""
+
+
+class TrainSection(Settings):
+    """Training settings that all runs share; the names are those of `clipgap train`."""
+
+    model: str = "conv-64"
+    """open_clip model to train."""
+    num_samples: pydantic.PositiveInt = 60_000
+    """Samples seen by every run: the same for all splits."""
+    batch_size: pydantic.PositiveInt = 32
+    """Samples per worker and step."""
+    workers: pydantic.NonNegativeInt = 2
+    """DDP workers."""
+    lr: pydantic.PositiveFloat = 1.5e-3
+    """Peak learning rate."""
+    warmup: pydantic.NonNegativeInt = 50
+    """Steps of warm-up."""
+    wd: pydantic.NonNegativeFloat = 0.05
+    """Weight decay."""
+
+
+class RunSection(Settings):
+    """One model to train, for every seed of the study."""
+
+    split: str
+    """Name of a split below `splits`, or `full` (the whole pool), or `none` (the reference alone)."""
+    reference: bool = False
+    """Mix the reference in."""
+    objective: Literal["clip", "supervised"] = "clip"
+    """supervised: a classifier trained on the reference (with `split: none`)."""
+    num_samples: pydantic.PositiveInt | None = None
+    """Other than the shared number; for baselines of several lengths."""
+
+    @property
+    def name(self) -> str:
+        """Name of the run without its seed."""
+        base = self.split if self.split != "none" else "reference"
+        words = [base if self.objective == "clip" else f"supervised-{base}"]
+        if self.reference and self.split != "none":
+            words.append("with-reference")
+        if self.num_samples is not None:
+            words.append(str(self.num_samples))
+        return "-".join(words)
+
+    @property
+    def train_on(self) -> str:
+        """What it sees, in the words of study.json."""
+        if self.split == "none":
+            return "reference"
+        return "pool+reference" if self.reference else "pool"
+
+
+class StudyFile(Settings):
+    """A whole study: world or data, metric encoder, splits, trainings, evaluation, report, index."""
+
+    name: str
+    """Name of the study."""
+    world: WorldSection | None = None
+    """A world to render."""
+    data: DataSection | None = None
+    """Or real data."""
+    main_test: str = "val"
+    """Test set of the same distribution as the reference."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of initial weights and sample order; every run is trained once per seed."""
+    metric_model: str = ""
+    """open_clip model of the similarity; empty: the first run of the study (the CLIP trained on the full pool)."""
+    metric_pretrained: str = ""
+    """Its weights."""
+    min_similarity: float = 0.98
+    """Duplicates are rows at least this alike; what a value looks like depends on the metric encoder."""
+    train: TrainSection = TrainSection()
+    """Shared training settings."""
+    splits: dict[str, dict[str, Any]] = pydantic.Field(default_factory=dict)
+    """Splits by name; `kind` and the settings of `clipgap split <kind>`."""
+    runs: tuple[RunSection, ...]
+    """Models to train."""
+    index_shards: pydantic.PositiveInt = 2
+    """FAISS index shards to build over the pool for `clipgap serve`."""
+    assert_effects: bool = False
+    """Fail unless the paper's effects show: near < random < far, gap-matched test sets drop, the main one does not."""
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> StudyFile:
+        if (self.world is None) == (self.data is None):
+            raise ConfigError("a study needs one of `world` and `data`")
+        for name, values in self.splits.items():
+            schema.check_name(name, "split")
+            self.split_settings(name, values, "scores", f"{name}.npy")
+        unknown = {run.split for run in self.runs} - set(self.splits) - {"full", "none"}
+        if unknown:
+            raise ConfigError(f"runs name splits that are not defined: {sorted(unknown)}")
+        if not self.metric_model and (self.runs[0].split, self.runs[0].objective) != ("full", "clip"):
+            raise ConfigError("without metric_model the first run must be the full pool's CLIP: it is the metric")
+        return self
+
+    @staticmethod
+    def split_settings(name: str, values: dict[str, Any], scores: str, out: str) -> split_config.SplitSettings:
+        """Build the settings of a split from its section."""
+        kind = values.get("kind")
+        if kind not in KINDS:
+            raise ConfigError(f"split {name}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
+        return KINDS[kind].load({**values, "scores": scores, "out": out}, f"split {name}")
+
+
+class RunSettings(Settings):
+    """Run a whole study from a YAML file: world, embeddings, scores, splits, trainings, evaluation, report, index."""
+
+    study: tyro.conf.Positional[str]
+    """YAML file, for example studies/miniature.yaml."""
+    out: str = ""
+    """Directory of the study; empty: out/<name of the study>."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], Operational()] = "auto"
+    """auto: GPUs if the cluster has any, else CPUs."""
+
+
+class StatusSettings(Settings):
+    """What is done and what is left in the directory of a stage or a study, also while it runs elsewhere."""
+
+    directory: tyro.conf.Positional[str]
+    """Directory of a stage or a study."""
+
+
+class DoctorSettings(Settings):
+    """Check this environment: versions, the one FAISS, torch beside torchvision, CPUs, GPUs, memory."""
+
+
+class DemoSettings(Settings):
+    """Run the miniature study (about a quarter of an hour on two cores) and say where its report is."""
+
+    out: str = "demo"
+    """Directory of the study."""
+    fast: bool = False
+    """The tiny world: a report in three minutes that shows the machinery, not the effect."""

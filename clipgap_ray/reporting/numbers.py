@@ -1,0 +1,112 @@
+"""Everything a report prints, computed once: one field per exported table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from clipgap_ray.reporting import planted, similarity, tables
+from clipgap_ray.reporting.study import Study
+from clipgap_ray.reporting.tables import Record, RobustnessPanel
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Records by subject; see the functions of `tables`, `similarity` and `planted` that make them."""
+
+    accuracy: list[Record]
+    closeness: list[Record]
+    histograms: list[Record]
+    bins: list[Record]
+    correlations: list[Record]
+    curves: list[Record]
+    panels: list[RobustnessPanel]
+    checks: list[Record]
+    removed_per_image: list[Record]
+    removed_per_class: list[Record]
+    groups: list[Record]
+    exposure: list[Record]
+    training: list[Record]
+    planted: list[Record]
+    digests: list[Record]
+
+    def exports(self) -> dict[str, list[Record]]:
+        """Return the tables that are written as CSV and parquet, by file name."""
+        robustness = [point for panel in self.panels for point in panel.points]
+        per_class = [
+            {"test": g["test"], "arm": g["arm"], "num_samples_seen": g["num_samples_seen"], **row}
+            for g in self.groups
+            for row in g["classes"]
+        ]
+        return {
+            "accuracy": self.accuracy,
+            "closeness": self.closeness,
+            "similarity_histograms": self.histograms,
+            "accuracy_by_similarity": self.bins,
+            "similarity_correlations": self.correlations,
+            "pruning_curves": self.curves,
+            "effective_robustness": robustness,
+            "gap_check": self.checks,
+            "removed_per_image": self.removed_per_image,
+            "removed_per_class": self.removed_per_class,
+            "group_shift": [_flat_group(g) for g in self.groups],
+            "group_shift_per_class": per_class,
+            "group_exposure": self.exposure,
+            "training_curves": self.training,
+            "planted_truth": self.planted,
+            "digests": self.digests,
+        }
+
+
+def compute(study: Study, bin_width: float, draws: int, seed: int) -> Numbers:
+    """Compute all tables of a study.
+
+    Args:
+        study: The study.
+        bin_width: Width of the similarity bins.
+        draws: Bootstrap samples.
+        seed: Seed of the bootstraps.
+    """
+    accuracy = tables.accuracy(study)
+    per_image, per_class = similarity.removed(study)
+    return Numbers(
+        accuracy=accuracy,
+        closeness=similarity.closeness(study),
+        histograms=similarity.histograms(study),
+        bins=similarity.accuracy_by_similarity(study, bin_width),
+        correlations=similarity.rank_correlations(study, draws, seed),
+        curves=tables.pruning_curves(study, accuracy),
+        panels=tables.robustness_panels(study, accuracy),
+        checks=similarity.gap_check(study),
+        removed_per_image=per_image,
+        removed_per_class=per_class,
+        groups=tables.group_shift(study, draws, seed),
+        exposure=similarity.exposure(study),
+        training=tables.training_curves(study),
+        planted=planted.planted(study),
+        digests=list(study.digests()),
+    )
+
+
+def _flat_group(result: Record) -> Record:
+    """One line per arm: what `group_shift` nests."""
+    low, high = result["intervals"]["drop_pp_classes"]
+    image_low, image_high = result["intervals"]["drop_pp_images"]
+    worst = result["worst_class_group"]
+    return {
+        "test": result["test"],
+        "arm": result["arm"],
+        "supervised": result["supervised"],
+        "num_seeds": result["num_seeds"],
+        "num_samples_seen": result["num_samples_seen"],
+        **{f"balanced_{name}": value for name, value in result["balanced"].items()},
+        **{f"unbalanced_{name}": value for name, value in result["unbalanced"].items()},
+        **result["drop"],
+        "drop_low_pp_images": image_low,
+        "drop_high_pp_images": image_high,
+        "drop_low_pp_classes": low,
+        "drop_high_pp_classes": high,
+        "worst_class_group": f"{worst['class_name']} / {worst['group']}",
+        "worst_class_group_accuracy": worst["accuracy"],
+        "num_negative_drops": result["num_negative_drops"],
+        "num_insignificant_drops": result["num_insignificant_drops"],
+    }

@@ -1,0 +1,297 @@
+"""The sections of the page in their order: each a sentence, then figures, tables and pictures, or why there is none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from clipgap_ray.reporting import conclusions as say
+from clipgap_ray.reporting import figures, figures_models, galleries
+from clipgap_ray.reporting.numbers import Numbers
+from clipgap_ray.reporting.study import Study
+from clipgap_ray.reporting.tables import Record, short
+from clipgap_ray.reporting.theme import Draw
+
+PAIR = ("common", "counter")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure to draw: file name, how, and what it shows for those who cannot see it."""
+
+    name: str
+    draw: Draw
+    caption: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table to print: headers, rows of cells; a cell is text or (text, small print, emphasised)."""
+
+    headers: list[str]
+    rows: list[list[Any]]
+    caption: str = ""
+
+
+@dataclass
+class Section:
+    """One section of the page. `missing` says what is not there and which command makes it."""
+
+    anchor: str
+    title: str
+    conclusion: str
+    plots: list[Plot] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    strips: dict[str, list[galleries.Strip]] = field(default_factory=dict)
+    answers: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    missing: str = ""
+
+
+def build(study: Study, numbers: Numbers, pictures: galleries.Thumbnails, gallery_rows: int) -> list[Section]:
+    """Return all sections in the order of the page."""
+    return [
+        _headline(study, numbers),
+        _main_table(study, numbers),
+        _histograms(numbers),
+        _accuracy_by_similarity(numbers),
+        _pruning(numbers),
+        _robustness(study, numbers),
+        _galleries(study, pictures, gallery_rows),
+        _gap_check(numbers),
+        _removed(study, numbers),
+        _groups(numbers),
+        _training(numbers),
+    ]
+
+
+def _headline(study: Study, numbers: Numbers) -> Section:
+    answers = [
+        ("How close is the pool to the test sets?", say.on_closeness(numbers.closeness)),
+        ("Does closeness explain the accuracy?",
+         say.on_gap_matching(numbers.accuracy, numbers.panels, study.main_test)),
+        ("Which images matter at equal size?", say.on_pruning(numbers.curves)),
+    ]  # fmt: skip
+    return Section("answers", "Answers", "", answers=answers)
+
+
+def _main_table(study: Study, numbers: Numbers) -> Section:
+    section = Section("table", "Training sets and test sets", say.on_table(numbers.accuracy))
+    if not numbers.accuracy:
+        section.missing = "no model has been evaluated: run `clipgap evaluate`"
+        return section
+    tests = [test for test in study.tests if any(r["test"] == test for r in numbers.accuracy)]
+    keys = ("arm", "model", "num_samples_seen", "objective", "train_on", "split")
+    rows = []
+    for key in dict.fromkeys(tuple(r[k] for k in keys) for r in numbers.accuracy):
+        own = {r["test"]: r for r in numbers.accuracy if tuple(r[k] for k in keys) == key}
+        rows.append(_arm_row(next(iter(own.values())), [own.get(test) for test in tests]))
+    headers = ["training set", "pool images", "samples", *tests]
+    section.tables.append(Table(headers, rows, "Top-1 accuracy in percent: " + _how(numbers.accuracy)))
+    section.notes = [
+        "Δ: change against the full pool in points with its 95 % interval over images and seeds (paired by "
+        "image), and relative to the full pool's accuracy. Framed: the test set that a cut is aimed at. ◆ marks "
+        "supervised baselines.",
+    ]
+    return section
+
+
+def _how(records: list[Record]) -> str:
+    if all(r["sd_seeds"] is not None for r in records):
+        return f"mean ± standard deviation over {say.seeds(records)}."
+    if any(r["sd_seeds"] is not None for r in records):
+        return "mean ± standard deviation where there are several seeds, else the value with Wilson's 95 % interval."
+    return "one seed each; brackets are Wilson's 95 % interval over test images."
+
+
+def _arm_row(first: Record, cells: list[Record | None]) -> list[Any]:
+    mark = "◆ " if first["objective"] == "supervised" else ""
+    reference = f"+ {first['reference_rows']:,} reference" if first["reference_rows"] else ""
+    kept, removed = first["pool_rows_kept"], first["pool_rows_removed"]
+    gone = f"−{removed:,} removed" if removed else ""
+    row: list[Any] = [
+        (mark + first["arm"], f"{first['model']}, {say.seeds([first])}".strip(", "), False),
+        ("–" if kept is None else f"{kept:,}", "\n".join(filter(None, (gone, reference))), False),
+        short(first["num_samples_seen"]),
+    ]
+    for cell in cells:
+        if cell is None:
+            row.append("–")
+            continue
+        row.append((*_cell_text(cell), cell["targeted"]))
+    return row
+
+
+def _cell_text(cell: Record) -> tuple[str, str]:
+    """Accuracy in percent, and below it interval, change and relative change, a line each."""
+    main, small = f"{100 * cell['accuracy']:.1f}", []
+    if cell["sd_seeds"] is not None:
+        main += f" ± {100 * cell['sd_seeds']:.1f}"
+    else:
+        small.append(say.span(100 * cell["low"], 100 * cell["high"]))
+    if cell["drop_pp"] is not None:
+        small.append("Δ " + say.change(cell).replace("\u00a0points", ""))
+        if cell["drop_relative"] is not None:
+            small.append(f"{-100 * cell['drop_relative']:+.1f} % rel.".replace("-", "−"))
+    return main, "\n".join(small)
+
+
+def _histograms(numbers: Numbers) -> Section:
+    section = Section("similarity", "Similarity to pool and reference", say.on_closeness(numbers.closeness))
+    if not numbers.histograms:
+        section.missing = "no query scores: run `clipgap score`"
+        return section
+    draw = partial(figures.similarity_histograms, numbers.histograms, numbers.closeness)
+    caption = "Similarity of every test image to its nearest image in the pool and in the reference."
+    section.plots.append(Plot("similarity_histograms", draw, caption))
+    rows: list[list[Any]] = [
+        [r["test"], f"{r['num_images']:,}", f"{r['median_pool']:.3f}",
+         "–" if r["median_reference"] is None else f"{r['median_reference']:.3f}",
+         "–" if r["share_closer_to_pool"] is None else
+         f"{say.percent(r['share_closer_to_pool'])} {say.span(100 * r['share_low'], 100 * r['share_high'])}"]
+        for r in numbers.closeness
+    ]  # fmt: skip
+    headers = ["test set", "n", "median to pool", "median to reference", "closer to pool (Wilson 95 %)"]
+    section.tables.append(Table(headers, rows))
+    return section
+
+
+def _accuracy_by_similarity(numbers: Numbers) -> Section:
+    sentence = say.on_accuracy_by_similarity(numbers.bins, numbers.correlations)
+    section = Section("accuracy-similarity", "Accuracy against similarity", sentence)
+    if not numbers.bins:
+        section.missing = "needs query scores and predictions of the full pool's model: run `clipgap evaluate`"
+        return section
+    caption = "Accuracy per bin of similarity to the full pool; bars and small numbers are test images per bin."
+    section.plots.append(Plot("accuracy_by_similarity", partial(figures.accuracy_curves, numbers.bins), caption))
+    section.notes = ["Intervals: Wilson 95 % over images. Similarity goes with what a class looks like and how often "
+                     "it occurs, so a rising curve alone shows no cause."]  # fmt: skip
+    return section
+
+
+def _pruning(numbers: Numbers) -> Section:
+    section = Section("pruning", "Near, random and far pruning", say.on_pruning(numbers.curves))
+    if not any(c["kind"] in ("near", "far", "random") for c in numbers.curves):
+        section.missing = "no near, far or random split has been evaluated: run `clipgap split near`, then train"
+        return section
+    caption = "Accuracy after keeping a part of the pool. Near-pruned keeps the least similar images."
+    section.plots.append(Plot("pruning_curves", partial(figures_models.pruning_curves, numbers.curves), caption))
+    bars = "standard deviation over seeds" if all(c["num_seeds"] > 1 for c in numbers.curves) else "Wilson 95 %"
+    section.notes = [f"Error bars: {bars}, {say.seeds(numbers.curves)}."]
+    return section
+
+
+def _robustness(study: Study, numbers: Numbers) -> Section:
+    sentence = say.on_robustness(numbers.panels, study.main_test)
+    section = Section("robustness", "Effective robustness", sentence)
+    if not numbers.panels:
+        section.missing = "needs predictions on the main and on another test set: run `clipgap evaluate`"
+        return section
+    draw = partial(figures_models.robustness_scatter, numbers.panels, study.main_test)
+    caption = "Accuracy on shifted sets against the main one. Orange: supervised models and the line fitted to them."
+    section.plots.append(Plot("effective_robustness", draw, caption))
+    rows = []
+    for panel in numbers.panels:
+        for p in panel.points:
+            shown = "–" if p["residual_pp"] is None else say.points(p["residual_pp"])
+            outside = " (extrapolated)" if p["extrapolates"] else ""
+            arm = ("◆ " if p["supervised"] else "") + p["arm"]
+            rows.append([panel.test, arm, say.percent(p["x"]), say.percent(p["y"]), say.percent(p["predicted"]),
+                         shown + outside])  # fmt: skip
+    headers = ["test set", "model", study.main_test, "shifted set", "line predicts", "effective robustness"]
+    section.tables.append(Table(headers, rows))
+    section.notes = [f"{p.test}: {_line(p)}" for p in numbers.panels]
+    return section
+
+
+def _line(panel: Any) -> str:
+    if panel.line is None:
+        return f"no line, {panel.why_no_line}."
+    low, high = panel.line.slope_interval
+    fitted = f"Φ⁻¹(y) = {panel.line.slope:.2f} Φ⁻¹(x) {panel.line.intercept:+.2f}".replace("-", "−")
+    if panel.line.num_points < 3:
+        return f"{fitted} through two baselines: no error can be estimated."
+    return f"{fitted}, slope [{low:.2f}, {high:.2f}], R² = {panel.line.r2:.2f}, {panel.line.num_points} baselines."
+
+
+def _galleries(study: Study, pictures: galleries.Thumbnails, count: int) -> Section:
+    section = Section("galleries", "What the similarities look like", "")
+    for test in study.tests:
+        strips = galleries.neighbours(study, pictures, test, count)
+        if strips:
+            section.strips[test] = strips
+    if not section.strips:
+        section.missing = "no query scores: run `clipgap score`"
+        return section
+    # The best example is a shifted set that the cut is aimed at.
+    for test in sorted(section.strips, key=lambda t: (study.gap_matched(t) is None, t == study.main_test))[:1]:
+        rungs = galleries.ladder(study, pictures, test)
+        if rungs is not None:
+            section.strips[f"Similarity ladder: one {test} image, pool images from its nearest to the median"] = [rungs]
+    shown = sum(bool(tile.image) for strips in section.strips.values() for s in strips for tile in s.tiles)
+    section.conclusion = (
+        f"{shown} pictures: test images from the most affected by the cut (top) to the median, with their nearest "
+        "images and similarities."
+    )
+    return section
+
+
+def _gap_check(numbers: Numbers) -> Section:
+    section = Section("gap-check", "Is the gap matched?", say.on_gap_check(numbers.checks))
+    if not numbers.checks:
+        section.missing = "no gaps/<split>/<test>.parquet for a gap-matched split"
+        return section
+    rows = [[c["split"], c["test"], f"{c['num_points']:,}", f"{c['num_equal']:,}", f"{c['max_deviation']:.3g}",
+             f"{c['num_violations']:,}"] for c in numbers.checks]  # fmt: skip
+    headers = ["split", "test set", "test points", "gap equals reference's", "largest deviation", "above"]
+    section.tables.append(Table([*headers], rows, "Gap after the cut = max(tau, nearest kept pool image)."))
+    return section
+
+
+def _removed(study: Study, numbers: Numbers) -> Section:
+    sentence = say.on_removed(numbers.removed_per_class, study.recipes())
+    section = Section("removed", "What gap matching removes", sentence)
+    if not any(r["num_removed"] for r in numbers.removed_per_class):
+        section.missing = "no pool scores with thresholds for a gap-matched split, or nothing was removed"
+        return section
+    draw = partial(figures.removed_rows, numbers.removed_per_class)
+    section.plots.append(Plot("removed_per_class", draw, "Pool images removed per test image, by class."))
+    section.notes = ["A removed pool image counts for the test image whose threshold it exceeds most, from the stored "
+                     "float32 scores; the sizes in the table above are exact."]  # fmt: skip
+    return section
+
+
+def _groups(numbers: Numbers) -> Section:
+    if not numbers.groups:
+        missing = "no test set among the predictions has the groups common and counter"
+        return Section("groups", "Common and counter backgrounds", "", missing=missing)
+    section = Section("groups", "Common and counter backgrounds", say.on_groups(numbers.groups, numbers.exposure))
+    caption = "Balanced accuracy of both groups and the drop between them."
+    section.plots.append(Plot("group_shift", partial(figures_models.group_bars, numbers.groups, PAIR), caption))
+    first = partial(figures_models.class_drop_bars, numbers.groups[0])
+    section.plots.append(Plot("class_drops", first, f"Drop of every class, {numbers.groups[0]['arm']}."))
+    rows = []
+    for g in numbers.groups:
+        worst = g["worst_class_group"]
+        rows.append(
+            [g["arm"], say.percent(g["balanced"]["common"]), say.percent(g["balanced"]["counter"]),
+             (f"{g['drop']['drop_pp']:.1f}", say.span(*g["intervals"]["drop_pp_classes"]), False),
+             say.percent(g["drop"]["relative"]), f"{g['drop']['log_odds']:.2f}",
+             f"{worst['class_name']} / {worst['group']} {say.percent(worst['accuracy'], 0)}",
+             f"{g['num_negative_drops']} / {g['num_insignificant_drops']} of {g['num_classes']}"]
+        )  # fmt: skip
+    headers = ["model", "common", "counter", "drop (points)", "relative", "log-odds", "worst class and group",
+               "negative / insignificant class drops"]  # fmt: skip
+    section.tables.append(Table(headers, rows))
+    section.notes = ["Balanced: every class counts once. Small print: 95 % bootstrap over classes and images."]
+    return section
+
+
+def _training(numbers: Numbers) -> Section:
+    if not numbers.training:
+        return Section("training", "Training", "", missing="no runs/<run>/metrics.jsonl")
+    section = Section("training", "Training", say.on_training(numbers.training))
+    draw = partial(figures.training_curves, numbers.training)
+    section.plots.append(Plot("training_curves", draw, "Training loss over samples seen."))
+    return section

@@ -1,0 +1,310 @@
+"""Numbers about models: the Table-1-like table, pruning curves, robustness line, group drops, training curves.
+
+Every function reads a `Study` and returns records. Accuracies are fractions, `_pp` are percentage points; an interval
+is Wilson's 95 % over test images, a drop's interval is over images and seeds (`kernels.intervals.paired_drop`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clipgap_ray.kernels import intervals, robustness, shift
+from clipgap_ray.reporting.study import Run, Study, positions
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the main table: runs that differ in the seed only."""
+
+    split: str
+    objective: str
+    train_on: str
+    model: str
+    num_samples_seen: int
+    runs: tuple[Run, ...]
+
+    @property
+    def supervised(self) -> bool:
+        """Whether this is a baseline: a classifier trained with labels."""
+        return self.objective == "supervised"
+
+    @property
+    def label(self) -> str:
+        """Name for axes and rows."""
+        if self.train_on == "reference":
+            # Baselines differ in length only, so the length is their name.
+            return f"supervised · {short(self.num_samples_seen)}" if self.supervised else "CLIP · reference only"
+        where = " · without reference" if self.train_on == "pool" else ""
+        return self.split + (" · supervised" if self.supervised else "") + where
+
+
+def short(value: float) -> str:
+    """12,500 -> 12.5k, 150,000,000 -> 150M."""
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def arms(study: Study) -> list[Arm]:
+    """Group the runs by everything but the seed, in the study's order."""
+    grouped: dict[tuple[str, str, str, str, int], list[Run]] = {}
+    for run in study.runs:
+        key = (run.split, run.objective, run.train_on, run.model, run.num_samples_seen)
+        grouped.setdefault(key, []).append(run)
+    return [Arm(*key, tuple(runs)) for key, runs in grouped.items()]
+
+
+def base_arm(study: Study, like: Arm | None = None) -> Arm | None:
+    """Return the CLIP trained on the uncut pool; the one with the same `train_on` as `like` if there is one."""
+    found = [arm for arm in arms(study) if arm.split == study.base_split and not arm.supervised]
+    found = [arm for arm in found if arm.train_on != "reference"]
+    if like is not None:
+        found.sort(key=lambda arm: arm.train_on != like.train_on)
+    return found[0] if found else None
+
+
+def correct(study: Study, arm: Arm, test: str) -> tuple[np.ndarray, list[str]] | None:
+    """Return (s, n) bool per seed and image, and n uids; None when no run has predictions."""
+    found = [p for run in arm.runs if (p := study.predictions(run.name, test)) is not None]
+    if not found:
+        return None
+    uids = found[0].uids
+    rows = [p.correct if p.uids == uids else p.correct[positions(uids, p.uids)] for p in found]
+    return np.stack(rows), uids
+
+
+# --- the main table --------------------------------------------------------------------------------------
+
+
+def accuracy(study: Study) -> list[Record]:
+    """Return one record per arm and test set: accuracy, spread, interval, drop against the uncut pool."""
+    records = []
+    for arm in arms(study):
+        recipe = study.recipes().get(arm.split, {}) if arm.train_on != "reference" else {}
+        for test in study.tests:
+            outcome = correct(study, arm, test)
+            if outcome is None:
+                continue
+            records.append(
+                {
+                    "arm": arm.label,
+                    "split": arm.split,
+                    "objective": arm.objective,
+                    "train_on": arm.train_on,
+                    "model": arm.model,
+                    "num_samples_seen": arm.num_samples_seen,
+                    "kind": recipe.get("kind", ""),
+                    "test": test,
+                    "targeted": test in recipe.get("tests", []) and recipe.get("kind") != "full",
+                    **_sizes(study, arm, recipe),
+                    **_level(outcome[0]),
+                    **_drop(study, arm, test, *outcome),
+                }
+            )
+    return records
+
+
+def _sizes(study: Study, arm: Arm, recipe: Record) -> Record:
+    reference = study.embeddings(study.reference)
+    with_reference = "reference" in arm.train_on
+    counts = recipe.get("counts", {})
+    return {
+        "pool_rows_kept": counts.get("kept") if arm.train_on != "reference" else 0,
+        "pool_rows_removed": counts.get("removed") if arm.train_on != "reference" else None,
+        "reference_rows": reference.num_rows if reference is not None and with_reference else 0,
+    }
+
+
+def _level(right: np.ndarray) -> Record:
+    """Accuracy of (s, n) outcomes: mean and spread over seeds, Wilson's interval over images."""
+    spread = intervals.over_seeds(right.mean(axis=1))
+    low, high = intervals.wilson(right.mean(axis=0).sum(), right.shape[1])
+    return {
+        "num_images": right.shape[1],
+        "num_seeds": spread.num_seeds,
+        "accuracy": spread.mean,
+        "sd_seeds": _number(spread.sd),
+        "low": float(low),
+        "high": float(high),
+    }
+
+
+def _drop(study: Study, arm: Arm, test: str, right: np.ndarray, uids: list[str]) -> Record:
+    """Drop against the uncut pool on the images that both were evaluated on."""
+    names = ("drop_pp", "drop_low_pp", "drop_high_pp", "drop_se_images_pp", "drop_se_seeds_pp", "drop_relative")
+    base = base_arm(study, arm)
+    outcome = correct(study, base, test) if base is not None and base != arm else None
+    if outcome is None:
+        return dict.fromkeys(names)
+    at = positions(uids, outcome[1])
+    if not (at >= 0).any():
+        return dict.fromkeys(names)
+    before = outcome[0][:, at[at >= 0]]
+    drop = intervals.paired_drop(before, right[:, at >= 0])
+    values = [100 * value for value in (drop.value, drop.low, drop.high, drop.se_images, drop.se_seeds)]
+    relative = drop.value / before.mean() if before.any() else float("nan")
+    return dict(zip(names, map(_number, [*values, relative]), strict=True))
+
+
+def lookup(records: list[Record], **wanted: Any) -> Record | None:
+    """Return the first record with these values."""
+    return next((r for r in records if all(r.get(key) == value for key, value in wanted.items())), None)
+
+
+# --- near, far, random -----------------------------------------------------------------------------------
+
+PRUNING_KINDS = ("near", "random", "far", "core")
+
+
+def pruning_curves(study: Study, records: list[Record]) -> list[Record]:
+    """Return accuracy over the rows kept for near, far, random and core splits, with the uncut pool as last point."""
+    recipes = study.recipes()
+    full = recipes.get(study.base_split, {}).get("counts", {}).get("kept")
+    curves = []
+    for record in records:
+        recipe = recipes.get(record["split"], {})
+        if record["objective"] != "clip" or record["train_on"] == "reference":
+            continue
+        kind = recipe.get("kind")
+        if kind in PRUNING_KINDS:
+            target = "" if kind == "random" else "+".join(recipe.get("tests", []))
+            curves.append({**record, "kind": kind, "target": target, "rows": record["pool_rows_kept"]})
+        elif record["split"] == study.base_split and full:
+            curves.append({**record, "kind": "full", "target": "", "rows": full})
+    return curves
+
+
+# --- effective robustness --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RobustnessPanel:
+    """One shifted test set against the main one.
+
+    Attributes:
+        test: The shifted test set.
+        points: One record per arm: x, y, residual_pp (None without a line), supervised, extrapolates, n.
+        line: Fitted on the supervised runs; None with fewer than two different ones.
+        why_no_line: What is missing.
+    """
+
+    test: str
+    points: list[Record]
+    line: robustness.Line | None
+    why_no_line: str
+
+
+def robustness_panels(study: Study, records: list[Record]) -> list[RobustnessPanel]:
+    """Fit the baselines' line for every shifted test set and measure every arm's distance from it."""
+    panels = []
+    for test in study.tests:
+        points = [] if test == study.main_test else _robustness_points(study, records, test)
+        if not points:
+            continue
+        baselines = _baseline_runs(study, test)
+        line, reason = None, ""
+        if len(np.unique(baselines[:, 0])) >= 2:
+            line = robustness.fit(baselines[:, 0], baselines[:, 1])
+        else:
+            count = len(baselines)
+            reason = f"{count or 'no'} supervised baseline{'' if count == 1 else 's'}: a line needs at least two"
+        for point in points:
+            x, y = np.array([point["x"]]), np.array([point["y"]])
+            point["predicted"] = None if line is None else float(line.predict(x)[0])
+            point["residual_pp"] = None if line is None else float(robustness.residuals_pp(line, x, y)[0])
+            point["extrapolates"] = None if line is None else bool(line.extrapolates(x)[0])
+        panels.append(RobustnessPanel(test, points, line, reason))
+    return panels
+
+
+def _robustness_points(study: Study, records: list[Record], test: str) -> list[Record]:
+    points = []
+    for record in (r for r in records if r["test"] == test):
+        same = ("split", "objective", "train_on", "model", "num_samples_seen")
+        main = lookup(records, test=study.main_test, **{key: record[key] for key in same})
+        if main is None:
+            continue
+        points.append(
+            {
+                "test": test,
+                "arm": record["arm"],
+                "kind": record["kind"],
+                "supervised": record["objective"] == "supervised",
+                "targeted": record["targeted"],
+                "num_samples_seen": record["num_samples_seen"],
+                "num_seeds": record["num_seeds"],
+                "x": _inside(main["accuracy"], main["num_images"]),
+                "y": _inside(record["accuracy"], record["num_images"]),
+                "x_low": main["low"],
+                "x_high": main["high"],
+                "y_low": record["low"],
+                "y_high": record["high"],
+            }
+        )
+    return points
+
+
+def _baseline_runs(study: Study, test: str) -> np.ndarray:
+    """(b, 2) accuracies on main and shifted set of every supervised run: seeds are separate models on the line."""
+    points = []
+    for run in study.runs:
+        main, other = study.predictions(run.name, study.main_test), study.predictions(run.name, test)
+        if run.objective == "supervised" and main is not None and other is not None:
+            pair = [_inside(float(p.correct.mean()), len(p.correct)) for p in (main, other)]
+            points.append(pair)
+    return np.array(points).reshape(-1, 2)
+
+
+def _inside(value: float, total: int) -> float:
+    return float(robustness.pull_inside(np.array([value]), np.array([total]), "probit")[0][0])
+
+
+# --- groups and training ---------------------------------------------------------------------------------
+
+
+def group_shift(study: Study, draws: int, seed: int) -> list[Record]:
+    """Return common, counter and drop of every arm on every test set that has both groups; seeds are pooled."""
+    records = []
+    for test in study.tests:
+        for arm in arms(study):
+            found = [p for run in arm.runs if (p := study.predictions(run.name, test)) is not None]
+            if not found or not set(shift.PAIR) <= set(found[0].groups):
+                continue
+            counted = [shift.count(p.classes, p.groups, p.correct) for p in found]
+            # Seeds share the photos: mean hits keep n the number of photos and so the intervals honest.
+            hits = np.mean([c.hits for c in counted], axis=0)
+            counts = shift.GroupCounts(hits, counted[0].totals, counted[0].classes, counted[0].groups)
+            result = shift.summarise(counts, np.random.default_rng(seed), draws=draws)
+            records.append({"test": test, "arm": arm.label, "supervised": arm.supervised, **result})
+            records[-1]["num_seeds"] = len(found)
+            records[-1]["num_samples_seen"] = arm.num_samples_seen
+    return records
+
+
+def training_curves(study: Study) -> list[Record]:
+    """Return loss over samples seen for every run that has a log."""
+    return [
+        {
+            "run": run.name,
+            "split": run.split,
+            "supervised": run.objective == "supervised",
+            "seed": run.seed,
+            "samples": line["samples"],
+            "loss": line["loss"],
+            "lr": line.get("lr"),
+        }
+        for run in study.runs
+        for line in study.metrics(run.name)
+        if "samples" in line and "loss" in line
+    ]
+
+
+def _number(value: float) -> float | None:
+    """Records have no NaN: None is empty in CSV and null in parquet."""
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,219 @@
+"""The HTTP interface: routes, OpenAPI, errors. Built from any backend; knows neither Ray nor files.
+
+Bodies are parsed here and not by FastAPI's body parameters: clients of other tools send JSON without a content
+type, one route takes JSON or multipart, and a refused body must not be echoed.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+import pydantic
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+
+from clipgap_ray import __version__
+from clipgap_ray.errors import ClipgapError
+from clipgap_ray.serving.backend import Backend
+from clipgap_ray.serving.guard import Guard, Meters
+from clipgap_ray.serving.inputs import read_search, read_zero_shot
+from clipgap_ray.serving.messages import (
+    ApiError,
+    ClassScore,
+    ErrorResponse,
+    IndicesResponse,
+    Limits,
+    Readiness,
+    SearchRequest,
+    SearchResponse,
+    ZeroShotRequest,
+    ZeroShotResponse,
+)
+
+logger = logging.getLogger("clipgap")
+
+LOGIT_SCALE = 100.0  # CLIP's learned temperature, clipped to 100 in training
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>clipgap</title>
+<body style="font-family:sans-serif;max-width:40em;margin:3em auto">
+<h1>clipgap</h1><p>Nearest neighbours and zero-shot classification over a training set.</p>
+<p><a href="/docs">Documentation of the interface</a> · <a href="/v1/indices">indexes</a></p>"""
+
+Body = TypeVar("Body", bound=pydantic.BaseModel)
+
+
+def make_api(backend: Backend, limits: Limits | None = None, token_hash: str | None = None) -> FastAPI:
+    """Build the application.
+
+    Args:
+        backend: What answers.
+        limits: What one request may ask for.
+        token_hash: `guard.token_sha256` of the bearer token; None lets everybody in.
+    """
+    limits = limits or Limits()
+    meters = Meters()
+    refused: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 503)
+    }
+    app = FastAPI(title="clipgap", version=__version__, redoc_url=None, responses=refused)
+    _add_errors(app)
+    _add_v1(app, backend, limits, meters)
+    _add_health(app, backend, meters)
+    _describe_bodies(app, [SearchRequest, ZeroShotRequest])
+    routes = frozenset(getattr(route, "path", "") for route in app.routes) | {
+        "/v1/search", "/v1/zero-shot", "/v1/indices", "/healthz", "/readyz", "/metrics", "/",
+    }  # fmt: skip
+    app.add_middleware(Guard, body_bytes=limits.body_bytes, token_hash=token_hash, meters=meters, routes=routes)
+    return app
+
+
+def _add_v1(app: FastAPI, backend: Backend, limits: Limits, meters: Meters) -> None:
+    @app.post("/v1/search", openapi_extra=_body_schema("SearchRequest"))
+    async def search(body: Annotated[tuple[Any, list[bytes]], Depends(_parse_search)]) -> SearchResponse:
+        """Nearest rows of a text, an image, a vector or a sample of the index; or of a batch of them."""
+        request, uploads = body
+        found = await backend.search(request.index, read_search(request, limits, uploads), request.k)
+        if found.answer.degraded:
+            meters.degraded.inc()
+        return SearchResponse(
+            index=found.info.name,
+            version=found.info.version,
+            shards=found.answer.shards,
+            shards_ok=found.answer.shards_ok,
+            degraded=found.answer.degraded,
+            results=found.neighbours,
+        )
+
+    @app.post("/v1/zero-shot", openapi_extra=_body_schema("ZeroShotRequest"))
+    async def zero_shot(body: Annotated[tuple[Any, list[bytes]], Depends(_parse_zero_shot)]) -> ZeroShotResponse:
+        """Classify images into the classes of the request."""
+        request, uploads = body
+        images = read_zero_shot(request, limits, uploads)
+        similarities = await backend.zero_shot(images, request.classes, request.templates)
+        return ZeroShotResponse(results=[_best(row, request.classes, request.top) for row in similarities])
+
+    @app.get("/v1/indices")
+    async def indices() -> IndicesResponse:
+        """The indexes that are being served, the default one first."""
+        return IndicesResponse(indices=await backend.indices())
+
+
+def _add_health(app: FastAPI, backend: Backend, meters: Meters) -> None:
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", responses={503: {"model": Readiness}})
+    async def readyz(response: Response) -> Readiness:
+        """Every index shard answers; 503 until then."""
+        state = await backend.ready()
+        response.status_code = 200 if state.ready else 503
+        return state
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Prometheus metrics of this replica."""
+        return Response(meters.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(PAGE)
+
+
+async def _parse_search(request: Request) -> tuple[SearchRequest, list[bytes]]:
+    return await _parse(request, SearchRequest)
+
+
+async def _parse_zero_shot(request: Request) -> tuple[ZeroShotRequest, list[bytes]]:
+    return await _parse(request, ZeroShotRequest)
+
+
+async def _parse(request: Request, model: type[Body]) -> tuple[Body, list[bytes]]:
+    """Read a JSON or multipart body into a model and the uploaded files."""
+    try:
+        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+            return await _parse_form(request, model)
+        return model.model_validate_json(await request.body()), []
+    except pydantic.ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(str(step) for step in first["loc"]) or "body"
+        raise ApiError(400, "invalid_request", f"{where[:100]}: {first['msg'][:200]}", "see /docs") from None
+
+
+async def _parse_form(request: Request, model: type[Body]) -> tuple[Body, list[bytes]]:
+    values: dict[str, Any] = {}
+    files: list[bytes] = []
+    async with request.form(max_files=100, max_fields=5000) as form:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                files.append(await value.read())
+            elif name in ("classes", "templates"):  # repeated fields
+                values.setdefault(name, []).append(value)
+            else:
+                values[name] = value
+    return model.model_validate(values), files
+
+
+def _best(similarities: np.ndarray, classes: list[str], top: int) -> list[ClassScore]:
+    logits = LOGIT_SCALE * similarities.astype(np.float64)
+    weights = np.exp(logits - logits.max())
+    order = np.argsort(-similarities, kind="stable")[:top]
+    return [
+        ClassScore(label=classes[i], probability=float(weights[i] / weights.sum()), similarity=float(similarities[i]))
+        for i in order
+    ]
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def refused(_: Request, error: ApiError) -> JSONResponse:
+        headers = {"retry-after": "1"} if error.status == 503 else None
+        return JSONResponse(error.as_dict(), error.status, headers)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+        body = ApiError(error.status_code, code, str(error.detail), "see /docs").as_dict()
+        return JSONResponse(body, error.status_code, error.headers)
+
+    @app.exception_handler(ClipgapError)
+    async def damaged(_: Request, error: ClipgapError) -> JSONResponse:
+        # Its message may name paths of the server: that is for the log.
+        logger.error("request failed: %s", error)
+        body = ApiError(503, "unavailable", "the index or its metadata cannot be read now").as_dict()
+        return JSONResponse(body, 503, {"retry-after": "5"})
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(ApiError(500, "internal", "an error of the server, see its log").as_dict(), 500)
+
+
+def _body_schema(name: str) -> dict[str, Any]:
+    schema = {"$ref": f"#/components/schemas/{name}"}
+    upload = {
+        "type": "object",
+        "description": f"The fields of {name}, and files",
+        "properties": {"file": {"type": "string", "format": "binary"}},
+    }
+    content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": upload}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _describe_bodies(app: FastAPI, models: list[type[pydantic.BaseModel]]) -> None:
+    """Add the models of hand-parsed bodies to the OpenAPI document."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        for model in models:
+            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(schema.pop("$defs", {}))
+            schemas[model.__name__] = schema
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]

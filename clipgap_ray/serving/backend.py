@@ -1,0 +1,254 @@
+"""What answers requests, without HTTP and without Ray: encode, search, look up, classify.
+
+`IndexBackend` needs an encoder and indexes that answer asynchronously. In the process these are `LocalEncoder` and
+`LocalSearcher` (tests, notebooks); in the service they are handles of Ray Serve (`deployments`). So everything but
+the transport is the same code, and it is tested without a cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from clipgap_ray.embeddings import check_same_encoder
+from clipgap_ray.encoder import Encoder, ImageError, Preprocess
+from clipgap_ray.index import Answer, LocalIndex
+from clipgap_ray.kernels.vectors import normalise
+from clipgap_ray.kernels.zero_shot import class_weights
+from clipgap_ray.serving.inputs import Query
+from clipgap_ray.serving.messages import ApiError, IndexInfo, Neighbour, Readiness
+from clipgap_ray.serving.metadata import Metadata
+
+CACHED_CLASS_SETS = 32
+
+
+@dataclass(frozen=True)
+class Found:
+    """An index's answer to a batch of queries: who answered, and the neighbours of every query."""
+
+    info: IndexInfo
+    answer: Answer
+    neighbours: list[list[Neighbour]]
+
+
+class Backend(Protocol):
+    """What `api.make_api` needs."""
+
+    async def search(self, index: str | None, queries: list[Query], k: int) -> Found:
+        """Return the k nearest rows of every query; ApiError for an unknown index or uid, or a wrong dimension."""
+        ...
+
+    async def zero_shot(self, images: list[bytes], classes: list[str], templates: list[str]) -> np.ndarray:
+        """Return (n, c) float32 similarities of n image files to c classes."""
+        ...
+
+    async def indices(self) -> list[IndexInfo]:
+        """Return the indexes, the default one first."""
+        ...
+
+    async def ready(self) -> Readiness:
+        """Ask every part of the service."""
+        ...
+
+
+class AsyncEncoder(Protocol):
+    """An encoder that does not block the event loop."""
+
+    async def encode_images(self, pixels: np.ndarray) -> np.ndarray:
+        """Map (n, size, size, 3) uint8 to (n, d) float32 unit rows."""
+        ...
+
+    async def encode_texts(self, texts: list[str]) -> np.ndarray:
+        """Map n texts to (n, d) float32 unit rows."""
+        ...
+
+
+class Searcher(Protocol):
+    """One index that does not block the event loop."""
+
+    info: IndexInfo
+    metadata: Metadata
+
+    async def answer(self, queries: np.ndarray, k: int) -> Answer:
+        """Search (nq, d) unit rows."""
+        ...
+
+    async def shards_ok(self) -> int:
+        """Return how many shards answer."""
+        ...
+
+
+class LocalEncoder:
+    """An encoder of this process, in a thread, one call at a time."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self._one = asyncio.Lock()
+
+    async def encode_images(self, pixels: np.ndarray) -> np.ndarray:
+        """Map (n, size, size, 3) uint8 to (n, d) float32 unit rows."""
+        async with self._one:
+            return await asyncio.to_thread(self.encoder.encode_images, pixels)
+
+    async def encode_texts(self, texts: list[str]) -> np.ndarray:
+        """Map n texts to (n, d) float32 unit rows."""
+        async with self._one:
+            return await asyncio.to_thread(self.encoder.encode_texts, texts)
+
+
+class LocalSearcher:
+    """An index of this process."""
+
+    def __init__(self, info: IndexInfo, index: LocalIndex, metadata: Metadata) -> None:
+        self.info, self.index, self.metadata = info, index, metadata
+
+    async def answer(self, queries: np.ndarray, k: int) -> Answer:
+        """Search (nq, d) unit rows in a thread."""
+        return await asyncio.to_thread(self.index.answer, queries, k)
+
+    async def shards_ok(self) -> int:
+        """Return the number of shards: they live as long as this process."""
+        return len(self.index.shards)
+
+
+def index_info(name: str, manifest: Mapping[str, Any]) -> IndexInfo:
+    """Describe an index by its manifest."""
+    return IndexInfo(
+        name=name,
+        version=manifest["index_version"],
+        rows=sum(shard["rows"] for shard in manifest["shards"]),
+        dim=manifest["dim"],
+        shards=manifest["num_shards"],
+        key=manifest["key"],
+        recall_at_10=manifest.get("recall_at_10"),
+        modality=manifest["modality"],
+        model=manifest["encoder"].get("model", ""),
+    )
+
+
+class IndexBackend:
+    """Encode, search, look up.
+
+    Args:
+        searchers: Indexes by name, the default one first; at least one.
+        encoder: Of the queries; the caller has checked that it made the indexes (`check_same_encoder`).
+        preprocess: How image files become the encoder's pixels.
+    """
+
+    def __init__(self, searchers: Mapping[str, Searcher], encoder: AsyncEncoder, preprocess: Preprocess) -> None:
+        self.searchers = dict(searchers)
+        self.encoder = encoder
+        self.preprocess = preprocess
+        self._class_sets: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], np.ndarray] = OrderedDict()
+
+    async def search(self, index: str | None, queries: list[Query], k: int) -> Found:
+        """Return the k nearest rows of every query.
+
+        Raises:
+            ApiError: 404 for an unknown index or uid, 400 for a broken image or a vector of another dimension,
+                503 when no shard answers.
+        """
+        searcher = self._searcher(index)
+        rows = await self._encode(searcher, queries)
+        answer = await searcher.answer(rows, k)
+        if not answer.shards_ok:
+            raise ApiError(503, "no_shard", f"none of {answer.shards} index shards answered", "try again in seconds")
+        known = answer.row_ids >= 0
+        described = await asyncio.to_thread(searcher.metadata.lookup, answer.row_ids[known])
+        flat = iter(described)
+        neighbours = [
+            [
+                Neighbour(row_id=int(row_id), row_id_str=str(row_id), similarity=float(similarity), **next(flat))
+                for row_id, similarity in zip(ids[ids >= 0], similarities[ids >= 0], strict=True)
+            ]
+            for ids, similarities in zip(answer.row_ids, answer.similarities, strict=True)
+        ]
+        return Found(searcher.info, answer, neighbours)
+
+    def _searcher(self, name: str | None) -> Searcher:
+        name = next(iter(self.searchers)) if name is None else name
+        if name not in self.searchers:
+            raise ApiError(404, "unknown_index", "no such index", f"known indexes: {', '.join(self.searchers)}")
+        return self.searchers[name]
+
+    async def _encode(self, searcher: Searcher, queries: list[Query]) -> np.ndarray:
+        """Turn queries into (nq, d) float32 unit rows: all texts in one call, all images in another."""
+        rows = np.zeros((len(queries), searcher.info.dim), np.float32)
+        texts = {at: query.text for at, query in enumerate(queries) if query.text is not None}
+        images = {at: query.image for at, query in enumerate(queries) if query.image is not None}
+        for at, query in enumerate(queries):
+            if query.vector is not None:
+                if query.vector.shape != (searcher.info.dim,):
+                    raise ApiError(
+                        400, "wrong_dim", f"vector has {len(query.vector)} dims, the index has {searcher.info.dim}"
+                    )
+                rows[at] = query.vector
+            if query.uid is not None:
+                row = await asyncio.to_thread(searcher.metadata.vector, query.uid)
+                if row is None:
+                    raise ApiError(404, "unknown_uid", "no sample of the index has this uid")
+                rows[at] = row
+        if texts:
+            rows[list(texts)] = await self.encoder.encode_texts(list(texts.values()))
+        if images:
+            rows[list(images)] = await self._encode_images(list(images.values()))
+        return rows
+
+    async def _encode_images(self, images: list[bytes]) -> np.ndarray:
+        try:
+            pixels = [await asyncio.to_thread(self.preprocess.decode, image) for image in images]
+        except ImageError as error:
+            raise ApiError(400, error.reason, "the image does not decode: it is truncated or damaged") from None
+        return await self.encoder.encode_images(np.stack(pixels))
+
+    async def zero_shot(self, images: list[bytes], classes: list[str], templates: list[str]) -> np.ndarray:
+        """Return (n, c) float32 similarities of n image files to c classes; prompts are encoded once per class set.
+
+        Raises:
+            ApiError: 400 for a broken image.
+        """
+        rows = await self._encode_images(images)
+        key = tuple(classes), tuple(templates)
+        weights = self._class_sets.pop(key, None)
+        if weights is None:
+            # replace, not format: a template is data, and format would reach into attributes
+            prompts = [template.replace("{}", name) for name in classes for template in templates]
+            weights = class_weights(normalise(await self.encoder.encode_texts(prompts)), len(classes))
+        self._class_sets[key] = weights
+        if len(self._class_sets) > CACHED_CLASS_SETS:
+            self._class_sets.popitem(last=False)
+        return rows @ weights.T
+
+    async def indices(self) -> list[IndexInfo]:
+        """Return the indexes, the default one first."""
+        return [searcher.info for searcher in self.searchers.values()]
+
+    async def ready(self) -> Readiness:
+        """Ask every shard of every index, side by side."""
+        counts = await asyncio.gather(*(searcher.shards_ok() for searcher in self.searchers.values()))
+        shards = sum(searcher.info.shards for searcher in self.searchers.values())
+        return Readiness(ready=sum(counts) == shards, shards=shards, shards_ok=sum(counts))
+
+
+class LocalBackend(IndexBackend):
+    """Everything in this process: tests, notebooks, `uvicorn` without Ray.
+
+    Args:
+        index: A complete index, opened.
+        encoder: Of the queries.
+        metadata: Of the embeddings that the index was built from.
+        name: Of the index.
+
+    Raises:
+        IndexMismatchError: If another encoder made the index.
+    """
+
+    def __init__(self, index: LocalIndex, encoder: Encoder, metadata: Metadata, name: str = "default") -> None:
+        check_same_encoder(index.manifest["encoder"], encoder.fingerprint, (f"index {name}", "the service's encoder"))
+        searcher = LocalSearcher(index_info(name, index.manifest), index, metadata)
+        super().__init__({name: searcher}, LocalEncoder(encoder), encoder.preprocess)

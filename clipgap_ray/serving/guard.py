@@ -1,0 +1,125 @@
+"""The gate before every route: bearer token, body size, metrics. Plain ASGI, so that nothing is parsed before it."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import time
+from typing import Any
+
+import prometheus_client
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from clipgap_ray.serving.messages import ApiError
+
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
+UNKNOWN = "other"  # one label for all paths that are no route: strangers must not create time series
+
+
+class Meters:
+    """Prometheus metrics of one process."""
+
+    def __init__(self) -> None:
+        self.registry = prometheus_client.CollectorRegistry()
+        self.requests = prometheus_client.Counter(
+            "clipgap_requests", "Requests by route and status", ["route", "status"], registry=self.registry
+        )
+        self.seconds = prometheus_client.Histogram(
+            "clipgap_request_seconds", "Time to answer", ["route"], registry=self.registry
+        )
+        self.degraded = prometheus_client.Counter(
+            "clipgap_degraded_answers", "Answers that miss an index shard", registry=self.registry
+        )
+
+    def text(self) -> bytes:
+        """Return the exposition format."""
+        return prometheus_client.generate_latest(self.registry)
+
+
+def token_sha256(token: str) -> str:
+    """Return what the service keeps of a bearer token: its hash."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+class Guard:
+    """ASGI middleware.
+
+    Args:
+        app: What it guards.
+        body_bytes: Largest body.
+        token_hash: `token_sha256` of the bearer token; None lets everybody in.
+        meters: Where requests are counted.
+        routes: Known paths, the labels of the metrics.
+    """
+
+    def __init__(
+        self, app: ASGIApp, body_bytes: int, token_hash: str | None, meters: Meters, routes: frozenset[str]
+    ) -> None:
+        self.app, self.body_bytes, self.token_hash = app, body_bytes, token_hash
+        self.meters, self.routes = meters, routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or count and pass on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.monotonic()
+        status = 500
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            self._authorise(scope)
+            body = await self._body(scope, receive)
+        except ApiError as error:
+            headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
+            await JSONResponse(error.as_dict(), error.status, headers)(scope, receive, watched)
+        else:
+            await self.app(scope, _replay(body, receive), watched)
+        finally:
+            route = scope["path"] if scope["path"] in self.routes else UNKNOWN
+            self.meters.requests.labels(route, str(status)).inc()
+            self.meters.seconds.labels(route).observe(time.monotonic() - started)
+
+    def _authorise(self, scope: Scope) -> None:
+        if self.token_hash is None or scope["path"] in OPEN_PATHS:
+            return
+        header = dict(scope["headers"]).get(b"authorization", b"")
+        kind, _, token = header.partition(b" ")
+        presented = hashlib.sha256(token.strip()).hexdigest()
+        if kind.lower() != b"bearer" or not hmac.compare_digest(presented, self.token_hash):
+            raise ApiError(401, "unauthorised", "a valid bearer token is required", "Authorization: Bearer TOKEN")
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """Read the whole body: it is parsed as a whole anyway, and never more than the limit is held."""
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        too_large = ApiError(413, "body_too_large", f"the body is larger than {self.body_bytes} bytes")
+        if declared.isdigit() and int(declared[:20]) > self.body_bytes:
+            raise too_large
+        chunks: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return b"".join(chunks)
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            if size > self.body_bytes:
+                raise too_large
+            if not message.get("more_body", False):
+                return b"".join(chunks)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Hand the body over once, then whatever the connection says (its end)."""
+    messages: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def next_message() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return next_message

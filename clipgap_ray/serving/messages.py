@@ -1,0 +1,184 @@
+"""What travels over HTTP: requests, answers, errors, limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import pydantic
+
+Finite = Annotated[float, pydantic.Field(allow_inf_nan=False)]
+
+
+class ApiError(Exception):
+    """A request that cannot be answered.
+
+    Args:
+        status: HTTP status, 4xx or 503.
+        code: For programs, for example `unknown_index`.
+        message: What is wrong, with the value and the expectation; no paths of the server.
+        hint: The next step.
+    """
+
+    def __init__(self, status: int, code: str, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.hint = status, code, message, hint
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON body."""
+        return {"error": {"code": self.code, "message": self.message, "hint": self.hint}}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for.
+
+    Attributes:
+        k: Most neighbours per query.
+        batch: Most queries or images per request.
+        body_bytes: Largest body.
+        image_pixels: Largest image after decompression.
+        aspect: Longest side over shortest side of an image: resizing the shortest side to the model's size would
+            otherwise blow a 1 x 60,000 image up to gigabytes.
+        text_chars: Longest text of a query, class name or template.
+        classes: Most classes of a zero-shot request.
+        prompts: Most classes x templates.
+    """
+
+    k: int = 1000
+    batch: int = 64
+    body_bytes: int = 16 << 20
+    image_pixels: int = 32_000_000
+    aspect: float = 50.0
+    text_chars: int = 4000
+    classes: int = 2000
+    prompts: int = 10_000
+
+
+class Strict(pydantic.BaseModel):
+    """Base of requests: unknown keys are refused."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class QueryFields(Strict):
+    """One query: exactly one of these."""
+
+    text: str | None = None
+    """Words to search for."""
+    image: str | None = None
+    """An image file, base64."""
+    vector: list[Finite] | None = None
+    """An embedding of the index's dimension; scaled to unit norm unless it is a unit row (within 0.1 %)."""
+    uid: str | None = None
+    """A sample of the index, 32 hex characters: its own embedding is the query."""
+    image_url: str | None = None
+    """Not allowed on this server."""
+
+
+class SearchRequest(QueryFields):
+    """One query in the request itself, or many under `queries`."""
+
+    queries: list[QueryFields] | None = None
+    """A batch of queries, answered in order."""
+    k: int = pydantic.Field(default=10, ge=1)
+    """Neighbours per query."""
+    index: str | None = None
+    """Which index; default: the first one."""
+
+
+class ZeroShotRequest(Strict):
+    """Images to classify into classes given here."""
+
+    image: str | None = None
+    """An image file, base64."""
+    images: list[str] | None = None
+    """Or several."""
+    classes: list[str] = pydantic.Field(min_length=1)
+    """Class names."""
+    templates: list[str] = pydantic.Field(default=["a photo of a {}."], min_length=1)
+    """Prompts; {} is the class name. A class is the mean of its prompts."""
+    top: int = pydantic.Field(default=5, ge=1)
+    """Classes to return per image."""
+
+
+class Neighbour(pydantic.BaseModel):
+    """A row of the index that is near a query."""
+
+    row_id: int
+    row_id_str: str
+    """The same as text: row ids exceed 2**53, where JavaScript rounds."""
+    similarity: float
+    uid: str | None = None
+    caption: str | None = None
+    image_path: str | None = None
+    shard: str | None = None
+
+
+class SearchResponse(pydantic.BaseModel):
+    """Neighbours of every query, most alike first."""
+
+    index: str
+    version: str
+    """Version of the index that answered."""
+    shards: int
+    shards_ok: int
+    degraded: bool
+    """True when an index shard did not answer: neighbours may be missing."""
+    results: list[list[Neighbour]]
+
+
+class ClassScore(pydantic.BaseModel):
+    """A class with its probability (softmax of 100 x similarity over all classes of the request)."""
+
+    label: str
+    probability: float
+    similarity: float
+
+
+class ZeroShotResponse(pydantic.BaseModel):
+    """The best classes of every image, best first."""
+
+    results: list[list[ClassScore]]
+
+
+class IndexInfo(pydantic.BaseModel):
+    """An index that is being served."""
+
+    name: str
+    version: str
+    rows: int
+    dim: int
+    shards: int
+    key: str
+    recall_at_10: float | None = None
+    modality: str = "image"
+    model: str = ""
+
+
+class IndicesResponse(pydantic.BaseModel):
+    """The indexes, the default one first."""
+
+    indices: list[IndexInfo]
+
+
+class Readiness(pydantic.BaseModel):
+    """Whether every index shard and the encoder answer."""
+
+    ready: bool
+    shards: int
+    shards_ok: int
+
+
+class ErrorBody(pydantic.BaseModel):
+    """See `Error`."""
+
+    code: str
+    message: str
+    hint: str | None = None
+
+
+class ErrorResponse(pydantic.BaseModel):
+    """Every answer that is not 2xx."""
+
+    error: ErrorBody

@@ -1,0 +1,72 @@
+"""What a row id stands for: uid, caption, image path, shard; read from the embeddings when asked for.
+
+Memory is bounded: tables of the parts asked for last, up to a number of bytes; the rows' embeddings stay on disk.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from clipgap_ray import schema
+from clipgap_ray.embeddings import EmbeddingSet
+
+COLUMNS = ["uid", "caption", "image_path", "shard"]
+CACHE_BYTES = 256 << 20
+
+
+class Metadata:
+    """Rows of a folder of embeddings by row id or uid; safe to use from several threads.
+
+    Args:
+        uri: The folder that the index was built from.
+        modality: Whose vectors `vector` returns: image or text.
+        cache_bytes: Memory for tables; one part is always kept.
+    """
+
+    def __init__(self, uri: str, modality: str = "image", cache_bytes: int = CACHE_BYTES) -> None:
+        self.rows = EmbeddingSet.open(uri)
+        self.modality = modality
+        self.cache_bytes = cache_bytes
+        self._tables: OrderedDict[int, pa.Table] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def lookup(self, row_ids: np.ndarray) -> list[dict[str, Any]]:
+        """Return `COLUMNS` of each of (n,) int64 row ids, in order; each part is read once."""
+        parts, positions = schema.split_row_ids(row_ids)
+        found: list[dict[str, Any]] = [{} for _ in range(len(parts))]
+        for part in np.unique(parts):
+            here = np.flatnonzero(parts == part)
+            taken = self._table(int(part)).take(pa.array(positions[here])).to_pylist()
+            for at, row in zip(here, taken, strict=True):
+                found[at] = row
+        return found
+
+    def vector(self, uid: str) -> np.ndarray | None:
+        """Return the (d,) float16 row of a uid, or None.
+
+        Reads the uids of one part after another: linear in the rows.
+        """
+        for part in self.rows.parts:
+            column = self.rows.metadata(part.number, ["uid"]).column("uid")
+            at = pc.index(column, uid).as_py()
+            if at >= 0:
+                rows = self.rows.images(part.number) if self.modality == "image" else self.rows.texts(part.number)
+                return np.asarray(rows[at])
+        return None
+
+    def _table(self, part: int) -> pa.Table:
+        with self._lock:
+            table = self._tables.pop(part, None)
+        if table is None:
+            table = self.rows.metadata(part, COLUMNS)
+        with self._lock:
+            self._tables[part] = table
+            while len(self._tables) > 1 and sum(t.nbytes for t in self._tables.values()) > self.cache_bytes:
+                self._tables.popitem(last=False)
+        return table

@@ -1,0 +1,164 @@
+"""Effective robustness of the models of a CSV against the line of baseline models.
+
+Reads: two CSVs. Writes: OUT/robustness.json, OUT/residuals.csv, OUT/robustness.svg and .png, OUT/summary.json.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from clipgap_ray import rundir, store
+from clipgap_ray.config.robustness import RobustnessSettings
+from clipgap_ray.errors import DataError
+from clipgap_ray.kernels import robustness
+from clipgap_ray.reporting import figures_models
+from clipgap_ray.reporting.tables import RobustnessPanel
+from clipgap_ray.reporting.theme import render
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of one CSV: names, accuracies as fractions inside the axes, which ones had to be moved, the unit."""
+
+    names: list[str]
+    x: np.ndarray
+    y: np.ndarray
+    moved: np.ndarray
+    unit: str
+
+
+def run(settings: RobustnessSettings) -> rundir.Summary:
+    """Write robustness.json.
+
+    Raises:
+        DataError: If a column is missing, a value is no accuracy, or the baselines make no line.
+    """
+    started = time.monotonic()
+    baselines, models = _read(settings.baseline, settings), _read(settings.table, settings)
+    try:
+        line = robustness.fit(baselines.x, baselines.y, settings.axes)
+    except ValueError as error:
+        raise DataError(f"{settings.baseline}: {error}") from None
+    records = _residuals(line, models)
+    result: dict[str, Any] = {
+        "slope": line.slope,
+        "intercept": line.intercept,
+        "r2": _number(line.r2),
+        "slope_interval": [_number(v) for v in line.slope_interval],
+        "intercept_interval": [_number(v) for v in line.intercept_interval],
+        "axes": settings.axes,
+        "num_baselines": line.num_points,
+        "x_range": list(line.x_range),
+        "unit": {"table": models.unit, "baseline": baselines.unit},
+        "residuals": records,
+        "baseline_residuals": _residuals(line, baselines),
+        "leave_one_out": _leave_one_out(baselines, settings),
+        "warnings": _warnings(records, models, baselines, line),
+        "settings": settings.fingerprint(),
+    }
+    store.write_json(store.join(settings.out, "robustness.json"), result)
+    _write_rest(settings, line, records, result["baseline_residuals"])
+    count = len(models.names)
+    summary = rundir.Summary("robustness", read=count, kept=count, seconds=time.monotonic() - started)
+    summary.extra.update({key: result[key] for key in ("slope", "intercept", "r2", "unit", "warnings")})
+    store.write_json(store.join(settings.out, "summary.json"), summary.as_dict())
+    return summary
+
+
+def _read(path: str, settings: RobustnessSettings) -> Models:
+    rows = list(csv.DictReader(io.StringIO(store.read_bytes(path).decode())))
+    wanted = [c for c in (settings.name, settings.x, settings.y, settings.x_n, settings.y_n) if c]
+    missing = [c for c in wanted if c not in (rows[0] if rows else {})]
+    if missing:
+        raise DataError(f"{path} lacks the columns {missing}; it has {list(rows[0]) if rows else 'no rows'}")
+    try:
+        values = np.array([[float(row[c]) for c in (settings.x, settings.y)] for row in rows])
+        fractions, unit = robustness.as_fractions(values)
+    except ValueError as error:
+        raise DataError(f"{path}, columns {settings.x} and {settings.y}: {error}") from None
+    if settings.unit != "auto":
+        fractions, unit = values / (100 if settings.unit == "percent" else 1), settings.unit  # type: ignore[assignment]
+        if (fractions > 1).any():
+            raise DataError(f"{path} holds {values.max():g}, which is no {settings.unit}", hint="use --unit percent")
+    totals = [np.array([int(row[c]) for row in rows]) if c else None for c in (settings.x_n, settings.y_n)]
+    sides = [robustness.pull_inside(fractions[:, i], totals[i], settings.axes) for i in (0, 1)]
+    moved = sides[0][1] | sides[1][1]
+    return Models([row[settings.name] for row in rows], sides[0][0], sides[1][0], moved, unit)
+
+
+def _residuals(line: robustness.Line, models: Models) -> list[dict[str, Any]]:
+    predicted, outside = line.predict(models.x), line.extrapolates(models.x)
+    residual = robustness.residuals_pp(line, models.x, models.y)
+    return [
+        {
+            "name": name,
+            "residual_pp": float(residual[i]),
+            "x": float(models.x[i]),
+            "y": float(models.y[i]),
+            "predicted": float(predicted[i]),
+            "extrapolated": bool(outside[i]),
+            "moved_inside": bool(models.moved[i]),
+        }
+        for i, name in enumerate(models.names)
+    ]
+
+
+def _leave_one_out(baselines: Models, settings: RobustnessSettings) -> list[dict[str, Any]]:
+    lines = robustness.leave_one_out(baselines.x, baselines.y, settings.axes)
+    return [
+        {
+            "left_out": name,
+            "slope": None if line is None else line.slope,
+            "intercept": None if line is None else line.intercept,
+            "residual_pp": _number(residual),
+        }
+        for name, (line, residual) in zip(baselines.names, lines, strict=True)
+    ]
+
+
+def _warnings(records: list[dict[str, Any]], models: Models, baselines: Models, line: robustness.Line) -> list[str]:
+    low, high = (100 * value for value in line.x_range)
+    warnings = [
+        f"{r['name']}: x = {100 * r['x']:.2f} % lies outside the baselines' {low:.2f} to {high:.2f} %: extrapolated"
+        for r in records
+        if r["extrapolated"]
+    ]
+    for side in (models, baselines):
+        warnings += [
+            f"{name}: 0 or 100 % was moved inside the axes"
+            for name, moved in zip(side.names, side.moved, strict=True)
+            if moved
+        ]
+    if line.num_points < 3:
+        warnings.append(f"{line.num_points} baselines: no error of the line can be estimated")
+    return warnings
+
+
+def _write_rest(settings: RobustnessSettings, line: robustness.Line, records: list[Any], baselines: list[Any]) -> None:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(records[0]))
+    writer.writeheader()
+    writer.writerows(records)
+    store.write_bytes(store.join(settings.out, "residuals.csv"), buffer.getvalue().encode())
+    points = [_point(r, False) for r in records] + [_point(r, True) for r in baselines]
+    panel = RobustnessPanel(settings.y, points, line, "")
+    files = render(partial(figures_models.robustness_scatter, [panel], settings.x))
+    store.write_bytes(store.join(settings.out, "robustness.svg"), files["light.svg"])
+    store.write_bytes(store.join(settings.out, "robustness.png"), files["light.png"])
+
+
+def _point(record: dict[str, Any], supervised: bool) -> dict[str, Any]:
+    ends = {f"{axis}_{end}": record[axis] for axis in "xy" for end in ("low", "high")}  # no counts: no error bars
+    return {"arm": record["name"], "kind": "gap-match", "supervised": supervised, "x": record["x"], "y": record["y"],
+            "extrapolates": record["extrapolated"], **ends}  # fmt: skip
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

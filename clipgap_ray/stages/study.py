@@ -1,0 +1,220 @@
+"""A whole study: every stage in order, each resumable, then findings, report and index.
+
+    STUDY/world      or the data it names          STUDY/splits   NAME.npy, recipes
+    STUDY/runs       one directory per model       STUDY/gaps     gap after every cut
+    STUDY/embed      pool, reference, test sets    STUDY/eval     one directory per model
+    STUDY/dedup      keep table                    STUDY/index    sharded FAISS index of the pool
+    STUDY/scores     score tables                  STUDY/report   index.html
+
+Running again skips what is done. The metric encoder is the first run's model (in the paper, too, the similarity
+model was trained on the pool), unless the study names another.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from clipgap_ray import __version__, rundir, store, world
+from clipgap_ray.config.base import read_yaml
+from clipgap_ray.config.embed import EmbedSettings
+from clipgap_ray.config.index import IndexSettings
+from clipgap_ray.config.report import ReportSettings
+from clipgap_ray.config.score import DedupSettings, ScoreSettings
+from clipgap_ray.config.split import Full, GapsSettings
+from clipgap_ray.config.study import DemoSettings, RunSection, RunSettings, StudyFile
+from clipgap_ray.config.train import EvaluateSettings, TrainSettings
+from clipgap_ray.config.world import WorldSettings
+from clipgap_ray.stages import dedup, embed, evaluate, findings, gaps, index, report, score, split, train
+from clipgap_ray.stages import world as world_stage
+from clipgap_ray.stages.session import logger
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the study's data lies."""
+
+    pool: str
+    reference: str
+    tests: dict[str, str]
+
+
+def run(settings: RunSettings) -> rundir.Summary:
+    """Run a study file.
+
+    Raises:
+        ConfigError: On any impossible setting of any stage, before the first one starts.
+        DataError: If a finding that the study asserts does not hold.
+    """
+    file = StudyFile.load(read_yaml(settings.study), settings.study)
+    out = settings.out or f"out/{file.name}"
+    started = time.monotonic()
+    data = _data(file, out)
+    metric = _metric(file, out, data, settings.device)
+    _embed_all(out, data, metric, settings.device)
+    splits = _score_and_split(file, out, data)
+    _train_all(file, out, data, settings.device)
+    _evaluate_all(file, out, data, settings.device)
+    store.write_json(f"{out}/study.json", _description(file, data, metric))
+    found = findings.run(out, file.assert_effects)
+    _step("report")
+    page = report.run(ReportSettings(study=out))
+    _step("index")
+    index.run(IndexSettings(embeddings=f"{out}/embed/pool", out=f"{out}/index", shards=file.index_shards))
+    summary = rundir.Summary("run", seconds=time.monotonic() - started)
+    summary.extra = {"report": page.extra.get("page", f"{out}/report/index.html"), "splits": splits, "findings": found}
+    logger.info("study %s is complete: open %s", file.name, summary.extra["report"])
+    return summary
+
+
+def demo(settings: DemoSettings) -> rundir.Summary:
+    """Run the study of the demo, from the YAML that ships with the repository."""
+    name = "tiny" if settings.fast else "miniature"
+    return run(RunSettings(study=f"studies/{name}.yaml", out=settings.out))
+
+
+def _step(name: str) -> None:
+    logger.info("-- %s", name)
+
+
+def _data(file: StudyFile, out: str) -> Data:
+    if file.data is not None:
+        return Data(file.data.pool, file.data.reference, dict(file.data.tests))
+    assert file.world is not None  # StudyFile checks that one of the two is there
+    _step("world")
+    values = file.world.model_dump()
+    world_stage.run(WorldSettings(out=f"{out}/world", **values))
+    spec = world.preset(
+        values["preset"],
+        rows=values["rows"],
+        seed=values["seed"],
+        correlation=values["correlation"],
+        kind=values["kind"],
+    )
+    tests = {name: f"{out}/world/tests/{name}" for name in world.evaluation_sets(spec)}
+    if store.exists(f"{out}/world/counteranimal"):
+        tests["counteranimal"] = f"{out}/world/counteranimal"
+    return Data(f"{out}/world/pool", f"{out}/world/reference", tests)
+
+
+def _train_settings(file: StudyFile, run: RunSection, seed: int, out: str, data: Data, device: str) -> TrainSettings:
+    values: dict[str, Any] = file.train.model_dump()
+    if run.num_samples is not None:
+        values["num_samples"] = run.num_samples
+    alone = run.split == "none"
+    # The full pool is trained on before splits exist (its model is the metric), so it is the pool as it is.
+    uncut = run.split in ("full", "none")
+    return TrainSettings(
+        source=data.reference if alone else data.pool,
+        reference=data.reference if run.reference and not alone else "",
+        split="" if uncut else f"{out}/splits/{run.split}.npy",
+        samples=f"{out}/runs/samples-{'reference' if alone else 'pool'}",
+        out=f"{out}/runs/{run.name}-s{seed}",
+        objective=run.objective,
+        seed=seed,
+        device=device,  # type: ignore[arg-type]
+        **values,
+    )
+
+
+def _metric(file: StudyFile, out: str, data: Data, device: str) -> tuple[str, str]:
+    """Return (model, weights) of the similarity, training the first run if the study names none."""
+    if file.metric_model:
+        return file.metric_model, file.metric_pretrained
+    _step("train the metric encoder on the full pool")
+    settings = _train_settings(file, file.runs[0], file.seeds[0], out, data, device)
+    train.run(settings)
+    return settings.model, settings.out
+
+
+def _embed_all(out: str, data: Data, metric: tuple[str, str], device: str) -> None:
+    for name, source in {"pool": data.pool, "reference": data.reference, **data.tests}.items():
+        _step(f"embed {name}")
+        embed.run(
+            EmbedSettings(
+                source=source,
+                out=f"{out}/embed/{name}",
+                model=metric[0],
+                pretrained=metric[1],
+                device=device,  # type: ignore[arg-type]
+            )
+        )
+
+
+def _score_and_split(file: StudyFile, out: str, data: Data) -> list[str]:
+    """Deduplicate, score, cut every split, and measure the gap after each cut."""
+    pool = f"{out}/embed/pool"
+    _step("dedup")
+    dedup.run(DedupSettings(pool=pool, out=f"{out}/dedup", min_similarity=file.min_similarity))
+    _step("score")
+    tests = tuple(f"{name}={out}/embed/{name}" for name in data.tests)
+    score.run(
+        ScoreSettings(
+            pool=pool, keep=f"{out}/dedup", test=tests, reference=(f"{out}/embed/reference",), out=f"{out}/scores"
+        )
+    )
+    _step("split")
+    paths = [f"{out}/splits/full.npy"]
+    recipe = split.run(Full(scores=f"{out}/scores", out=paths[0]))
+    for name, values in file.splits.items():
+        paths.append(f"{out}/splits/{name}.npy")
+        values = {**values, "match": f"{out}/splits/{values['match']}.npy"} if values.get("match") else values
+        recipe = split.run(StudyFile.split_settings(name, values, f"{out}/scores", paths[-1]))  # type: ignore[arg-type]
+        logger.info("%s keeps %s, re-scored %d", name, recipe["counts"], recipe["rescored"])
+    gaps.run(GapsSettings(pool=pool, scores=f"{out}/scores", split=tuple(paths), out=f"{out}/gaps"))
+    return ["full", *file.splits]
+
+
+def _train_all(file: StudyFile, out: str, data: Data, device: str) -> None:
+    jobs = [(run, seed) for seed in file.seeds for run in file.runs]
+    for number, (run, seed) in enumerate(jobs, 1):
+        _step(f"train {run.name}, seed {seed} ({number} of {len(jobs)})")
+        train.run(_train_settings(file, run, seed, out, data, device))
+
+
+def _evaluate_all(file: StudyFile, out: str, data: Data, device: str) -> None:
+    tests = tuple(f"{name}={uri}" for name, uri in data.tests.items())
+    for seed in file.seeds:
+        for run in file.runs:
+            name = f"{run.name}-s{seed}"
+            _step(f"evaluate {name}")
+            evaluate.run(
+                EvaluateSettings(
+                    model=file.train.model,
+                    pretrained=f"{out}/runs/{name}",
+                    test=tests,
+                    out=f"{out}/eval/{name}",
+                    device=device,  # type: ignore[arg-type]
+                )
+            )
+
+
+def _description(file: StudyFile, data: Data, metric: tuple[str, str]) -> dict[str, Any]:
+    """study.json: what report, status and serve read."""
+    return {
+        "name": file.name,
+        "version": __version__,
+        "seeds": list(file.seeds),
+        "settings": file.model_dump(mode="json"),
+        "metric": {"model": metric[0], "pretrained": metric[1]},
+        "tests": list(data.tests),
+        "reference": "reference",
+        "main_test": file.main_test,
+        "base_split": "full",
+        "data": {"pool": data.pool, "reference": data.reference, "tests": data.tests},
+        "runs": [
+            {
+                "name": f"{run.name}-s{seed}",
+                "split": "full" if run.split == "none" else run.split,
+                "objective": run.objective,
+                "train_on": run.train_on,
+                "seed": seed,
+                "num_samples_seen": run.num_samples or file.train.num_samples,
+                "model": file.train.model,
+            }
+            for seed in file.seeds
+            for run in file.runs
+        ],
+        "splits": ["full", *file.splits],
+    }

@@ -1,0 +1,121 @@
+"""Audit: planted copies are found, a verdict never says more than was looked for, other encoders are refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from clipgap_ray import store
+from clipgap_ray.config.audit import AuditSettings
+from clipgap_ray.embeddings import EmbeddingSet, identity
+from clipgap_ray.errors import ConfigError, DataError, IndexMismatchError
+from clipgap_ray.reporting import contamination
+from clipgap_ray.stages import audit
+from tests.unit.study_fixture import Built, build_study
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Built:
+    return build_study(tmp_path_factory.mktemp("study"))
+
+
+def settings(built: Built, out, **more) -> AuditSettings:
+    embed = built.root / "embed"
+    values = {"pool": str(embed / "pool"), "out": str(out), "duplicate": 0.98,
+              "test": (f"val={embed / 'val'}", f"sketch={embed / 'sketch'}")}  # fmt: skip
+    return AuditSettings(**{**values, **more})
+
+
+def test_planted_leaks_are_found_and_counts_match_brute_force(built, tmp_path) -> None:
+    reference = str(built.root / "embed" / "reference")
+    predictions = f"val={built.root / 'eval' / 'full-s0' / 'val.parquet'}"
+    summary = audit.run(settings(built, tmp_path, reference=reference, predictions=(predictions,)))
+    result = json.loads((tmp_path / "audit.json").read_text())
+    val, sketch = result["tests"]
+    assert val["verdict"] == "CONTAMINATED"
+    assert val["duplicates"]["exact"]["count"] == 2
+    assert {pair["test_key"] for pair in val["pairs"][:2]} == {"000000", "000001"}
+    assert all(pair["same_bytes"] for pair in val["pairs"][:2])
+    assert sketch["verdict"] == "NO DUPLICATES FOUND AT SIMILARITY >= 0.98"
+    for test in result["tests"]:
+        best = built.similarity[test["test"]].max(axis=1)
+        for near in test["duplicates"]["near"]:
+            assert near["count"] == (best >= near["similarity"]).sum()
+        assert test["gap"]["closer_to_pool"]["count"] == (best > built.tau[test["test"]]).sum()
+        assert test["gap"]["pool"]["50"] == pytest.approx(np.median(best))
+    assert val["accuracy"]["clean"]["num_images"] == 78
+    assert val["accuracy"]["interval_pp"][0] <= val["accuracy"]["whole_minus_clean_pp"]
+    assert summary.extra["exit_code"] == 0
+    html = (tmp_path / "index.html").read_text()
+    assert "CONTAMINATED" in html
+    assert "400 of 400 pool rows examined" in html
+
+
+def test_fail_on_gives_exit_code_4(built, tmp_path) -> None:
+    summary = audit.run(settings(built, tmp_path, fail_on=("dup_rate>0.001",)))
+    assert summary.extra["exit_code"] == 4
+    assert summary.extra["failed_rules"] == ["val: dup_rate is 0.025, rule dup_rate>0.001"]
+    assert audit.run(settings(built, tmp_path, fail_on=("exact_rate>0.025",))).extra["exit_code"] == 0
+    assert audit.run(settings(built, tmp_path, fail_on=("exact_rate>=0.025",))).extra["exit_code"] == 4
+    with pytest.raises(ConfigError, match="is no rule"):
+        AuditSettings.load({**settings(built, tmp_path).model_dump(), "fail_on": ("dups>1",)}, "audit")
+    with pytest.raises(ConfigError, match="needs --reference"):
+        audit.run(settings(built, tmp_path, fail_on=("closer_rate>0.5",)))
+
+
+def test_thresholds_file_gives_the_same_gap_as_the_reference_and_must_be_its_own(built, tmp_path) -> None:
+    test = EmbeddingSet.open(str(built.root / "embed" / "val"))
+    table = store.read_table(str(built.root / "scores" / "queries" / "val.parquet"))
+    table = table.select(["row_id", "uid", "tau", "reference_uid"]).take(list(range(79, -1, -1)))
+    marks = {"clipgap.encoder": store.digest(identity(test.encoder)), "clipgap.test": test.digest}
+    store.write_table(str(tmp_path / "tau.parquet"), table.replace_schema_metadata(marks))
+    one = {"test": (f"val={test.uri}",), "thresholds": (str(tmp_path / "tau.parquet"),)}
+    audit.run(settings(built, tmp_path / "o", **one))
+    found = json.loads((tmp_path / "o" / "audit.json").read_text())["tests"][0]
+    expected = (built.similarity["val"].max(axis=1) > built.tau["val"]).sum()
+    assert found["gap"]["closer_to_pool"]["count"] == expected
+    store.write_table(str(tmp_path / "tau.parquet"), table.replace_schema_metadata({**marks, "clipgap.test": "other"}))
+    with pytest.raises(DataError, match=r"clipgap\.test differs"):
+        audit.run(settings(built, tmp_path / "o", **one))
+
+
+def test_rows_that_were_not_embedded_make_it_incomplete(built, tmp_path) -> None:
+    shutil.copytree(built.root / "embed" / "pool", tmp_path / "pool")
+    log = next((tmp_path / "pool" / "commits").iterdir())
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    records[0]["dropped"] = {"bad_image": 3}
+    log.write_text("".join(json.dumps(r) + "\n" for r in records))
+    sketch = (f"sketch={built.root / 'embed' / 'sketch'}",)
+    summary = audit.run(settings(built, tmp_path / "o", pool=str(tmp_path / "pool"), test=sketch))
+    assert summary.extra["verdicts"] == {"sketch": "INCOMPLETE"}
+    assert (summary.read, summary.kept, summary.dropped) == (403, 400, {"bad_image": 3})
+    summary.check()
+
+
+def test_another_encoder_is_refused(built, tmp_path) -> None:
+    shutil.copytree(built.root / "embed" / "val", tmp_path / "val")
+    manifest = json.loads((tmp_path / "val" / "manifest.json").read_text())
+    manifest["encoder"]["model"] = "ViT-B-32"
+    (tmp_path / "val" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(IndexMismatchError, match="ViT-B-32"):
+        audit.run(settings(built, tmp_path / "o", test=(f"val={tmp_path / 'val'}",)))
+
+
+def test_verdicts_never_claim_more_than_was_looked_for() -> None:
+    measured = {"recall": 0.93, "similarity": 0.95}
+    assert contamination.verdict(1, 0.95, 5, measured) == "CONTAMINATED"
+    assert contamination.verdict(0, 0.95, 5, measured) == "INCOMPLETE"
+    assert contamination.verdict(0, 0.95, 0, measured) == "CLEAN AT RECALL 0.93"
+    # Copies were found at 0.95; looking only from 0.99 on finds fewer, so that recall does not count.
+    assert contamination.verdict(0, 0.99, 0, measured) == "NO DUPLICATES FOUND AT SIMILARITY >= 0.99"
+    assert contamination.verdict(0, 0.95, 0, None) == "NO DUPLICATES FOUND AT SIMILARITY >= 0.95"
+
+
+def test_clean_accuracy_with_an_empty_part() -> None:
+    rng = np.random.default_rng(0)
+    whole = contamination.clean_accuracy(np.array([True, False]), np.array([True, True]), 10, rng)
+    assert whole["clean"] is None
+    assert whole["whole_minus_clean_pp"] is None
+    both = contamination.clean_accuracy(np.array([True, False, True, False]), np.array([1, 0, 0, 0], bool), 500, rng)
+    assert both["whole_minus_clean_pp"] == pytest.approx(100 * (1 / 2 - 1 / 3))

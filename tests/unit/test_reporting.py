@@ -1,0 +1,258 @@
+"""The report of a fake study: its numbers against brute force, its page whole, and what is missing named."""
+
+import base64
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from matplotlib import pyplot
+
+from clipgap_ray import schema, store
+from clipgap_ray.config.report import ReportSettings
+from clipgap_ray.errors import DataError
+from clipgap_ray.reporting import conclusions, figures, galleries, planted, similarity, tables, theme
+from clipgap_ray.reporting.study import Study
+from clipgap_ray.stages import report
+from tests.unit.study_fixture import Built, build_study
+
+EMPTY = {"light.svg": b"", "dark.svg": b"", "light.png": b""}
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    pyplot.close("all")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Built:
+    return build_study(tmp_path_factory.mktemp("study"), seeds=(0, 1))
+
+
+@pytest.fixture(scope="module")
+def study(built) -> Study:
+    return Study.open(str(built.root))
+
+
+@pytest.fixture(scope="module")
+def page(built) -> str:
+    summary = report.run(ReportSettings(study=str(built.root), gallery_rows=2, draws=100))
+    assert summary.extra["missing"] == {}
+    return (built.root / "report" / "index.html").read_text()
+
+
+# --- numbers ---------------------------------------------------------------------------------------------
+
+
+def test_closeness_and_histograms_count_every_test_image(built, study) -> None:
+    for record in similarity.closeness(study):
+        test = record["test"]
+        closer = (built.similarity[test].max(axis=1) > built.tau[test]).sum()
+        assert record["num_closer_to_pool"] == closer
+        bins = [b for b in similarity.histograms(study) if b["test"] == test]
+        assert sum(b["pool"] for b in bins) == sum(b["reference"] for b in bins) == record["num_images"]
+
+
+def test_accuracy_table_matches_the_predictions(study) -> None:
+    records = tables.accuracy(study)
+    gap = tables.lookup(records, split="gap-sketch", test="sketch")
+    right = [study.predictions(f"gap-sketch-s{s}", "sketch").correct for s in (0, 1)]
+    full = [study.predictions(f"full-s{s}", "sketch").correct for s in (0, 1)]
+    assert gap["accuracy"] == pytest.approx(np.mean(right))
+    assert gap["sd_seeds"] == pytest.approx(np.std(np.mean(right, axis=1), ddof=1))
+    assert gap["drop_pp"] == pytest.approx(100 * (np.mean(full) - np.mean(right)))
+    assert gap["drop_relative"] == pytest.approx(1 - np.mean(right) / np.mean(full))
+    assert gap["targeted"]
+    assert not tables.lookup(records, split="gap-sketch", test="val")["targeted"]
+    assert tables.lookup(records, split="full", test="val", objective="clip")["drop_pp"] is None
+    assert sum(r["objective"] == "supervised" for r in records) == 3 * 3
+
+
+def test_predictions_in_another_order_are_joined_by_uid(built, tmp_path) -> None:
+    shutil.copytree(built.root, tmp_path / "s")
+    path = tmp_path / "s" / "eval" / "gap-sketch-s1" / "sketch.parquet"
+    before = tables.lookup(tables.accuracy(Study.open(str(tmp_path / "s"))), split="gap-sketch", test="sketch")
+    store.write_table(str(path), pq.read_table(path).take(list(range(79, -1, -1))))
+    after = tables.lookup(tables.accuracy(Study.open(str(tmp_path / "s"))), split="gap-sketch", test="sketch")
+    assert after["drop_se_images_pp"] == pytest.approx(before["drop_se_images_pp"])
+
+
+def test_bins_hold_every_image_once_and_their_mean_is_the_accuracy(study) -> None:
+    bins = similarity.accuracy_by_similarity(study, 0.05)
+    records = tables.accuracy(study)
+    for test in study.tests:
+        rows = [b for b in bins if b["test"] == test and b["model"] == "full"]
+        count = sum(b["num_images"] for b in rows)
+        mean = sum(b["accuracy"] * b["num_images"] for b in rows) / count
+        assert count == 80
+        assert mean == pytest.approx(tables.lookup(records, split="full", test=test, objective="clip")["accuracy"])
+        assert all(b["low"] <= b["accuracy"] <= b["high"] for b in rows)
+    # An exact copy has similarity 1 (or a rounding above): it must not open a bin beyond 1.
+    assert max(b["high_similarity"] for b in bins) <= 1.0 + 1e-9
+
+
+def test_gap_check_passes_and_sees_a_broken_cut(built, study, tmp_path) -> None:
+    checks = similarity.gap_check(study)
+    assert {(c["split"], c["test"]) for c in checks} == {("gap-sketch", "sketch"), ("gap-val", "val")}
+    assert all(c["num_equal"] == c["num_points"] == 80 and c["max_deviation"] == 0 for c in checks)
+    assert "holds at every point" in conclusions.on_gap_check(checks)
+    shutil.copytree(built.root, tmp_path / "s")
+    full, cut = (tmp_path / "s" / "gaps" / name / "sketch.parquet" for name in ("full", "gap-sketch"))
+    shutil.copy(full, cut)
+    broken = similarity.gap_check(Study.open(str(tmp_path / "s")))
+    closer = (built.similarity["sketch"].max(axis=1) > built.tau["sketch"]).sum()
+    assert broken[0]["num_violations"] == closer
+    assert f"is broken at {closer} points" in conclusions.on_gap_check(broken)
+
+
+def test_removed_rows_add_up_to_the_cut(built, study) -> None:
+    per_image, per_class = similarity.removed(study)
+    for test in ("sketch", "val"):
+        gone = int((~built.keeps[f"gap-{test}"]).sum())
+        assert sum(r["num_removed"] for r in per_image if r["test"] == test) == gone
+        assert sum(r["num_removed"] for r in per_class if r["test"] == test) == gone
+        assert sum(r["num_images"] for r in per_class if r["test"] == test) == 80
+
+
+def test_robustness_needs_two_baselines(study, tmp_path) -> None:
+    panels = tables.robustness_panels(study, tables.accuracy(study))
+    assert [p.test for p in panels] == ["sketch", "counteranimal"]
+    assert panels[0].line.num_points == 3
+    full = tables.lookup(panels[0].points, arm="full")
+    assert full["residual_pp"] == pytest.approx(100 * (full["y"] - full["predicted"]))
+    build_study(tmp_path, pool_rows=120, test_rows=24, num_supervised=1)
+    small = Study.open(str(tmp_path))
+    alone = tables.robustness_panels(small, tables.accuracy(small))
+    assert alone[0].line is None
+    assert "1 supervised baseline" in alone[0].why_no_line
+    assert "No line" in conclusions.on_robustness(alone, "val")
+
+
+def test_planted_truth_is_found_and_a_miss_is_seen(built, study, tmp_path) -> None:
+    found = {r["what"]: (r["planted"], r["found"]) for r in planted.planted(study)}
+    assert found == {"exact duplicates in the pool": (2, 2), "exact leaks of test images": (2, 2)}
+    shutil.copytree(built.root, tmp_path / "s")
+    path = tmp_path / "s" / "dedup" / "keep" / "part-00000.parquet"
+    table = pq.read_table(path)
+    kept = table.set_column(2, "keep", [[True] * table.num_rows])
+    store.write_table(str(path), kept)
+    missed = planted.planted(Study.open(str(tmp_path / "s")))
+    assert (missed[0]["planted"], missed[0]["found"]) == (2, 0)
+
+
+def test_group_shift_pools_seeds_without_counting_photos_twice(study) -> None:
+    result = tables.group_shift(study, 50, 0)[0]
+    assert sum(result["num_images"].values()) == 80
+    assert result["num_seeds"] == 2
+    exposure = similarity.exposure(study)
+    assert [e["test"] for e in exposure] == ["counteranimal"]
+    assert 0 < exposure[0]["auc"] < 1
+
+
+# --- galleries -------------------------------------------------------------------------------------------
+
+
+def test_gallery_shows_the_planted_leak_by_byte_range(built, study) -> None:
+    strips = galleries.neighbours(study, galleries.Thumbnails(study), "val", 3)
+    leaked = strips[0]
+    assert [tile.title for tile in leaked.tiles] == [
+        "test image",
+        "nearest reference",
+        "nearest pool image",
+        "nearest kept after the cut",
+    ]
+    assert leaked.tiles[2].image == leaked.tiles[0].image  # the same bytes
+    assert base64.b64decode(leaked.tiles[0].image.split(",")[1]) in (built.tests["val"].jpegs[0], built.pool.jpegs[4])
+    assert leaked.tiles[3].similarity <= leaked.tiles[1].similarity
+
+
+def test_ladder_falls(study) -> None:
+    rungs = [tile.similarity for tile in galleries.ladder(study, galleries.Thumbnails(study), "sketch").tiles[1:]]
+    assert len(rungs) >= 5
+    assert rungs == sorted(rungs, reverse=True)
+
+
+def test_blocked_images_are_never_shown(built, study, tmp_path) -> None:
+    blocked = built.pool.uids[3:5]
+    np.save(tmp_path / "b.npy", schema.pack_uids(blocked))
+    assert galleries.read_blocklist(str(tmp_path / "b.npy")) == frozenset(blocked)
+    pictures = galleries.Thumbnails(study, frozenset(blocked))
+    assert pictures.by_row_id("pool", 3) == ("", "", "on the blocklist")
+    assert pictures.by_row_id("pool", 5)[0].startswith("data:image/jpeg")
+
+
+# --- page ------------------------------------------------------------------------------------------------
+
+
+class Links(HTMLParser):
+    """Collects what a page would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+
+    def handle_starttag(self, tag, attrs) -> None:
+        values = dict(attrs)
+        if tag != "a":
+            self.loaded += [values[key] for key in ("src", "srcset", "href") if values.get(key)]
+
+
+def test_page_is_self_contained_and_holds_every_section(page) -> None:
+    links = Links()
+    links.feed(page)
+    assert len(links.loaded) > 20
+    assert all(link.startswith("data:image/") for link in links.loaded)
+    anchors = re.findall(r'<section id="([a-z-]+)"', page)
+    assert anchors == ["answers", "table", "similarity", "accuracy-similarity", "pruning", "robustness", "galleries",
+                       "gap-check", "removed", "groups", "training", "provenance"]  # fmt: skip
+    assert "prefers-color-scheme: dark" in page
+    assert "NaN" not in re.sub(r"data:[^\"]*", "", page)
+    assert len(page) < 20 * 2**20
+
+
+def test_every_figure_and_table_is_a_file_with_its_digests(built, page) -> None:
+    out = built.root / "report"
+    manifest = json.loads((out / "manifest.json").read_text())
+    for name, digest in manifest["files"].items():
+        assert store.sha256((out / name).read_bytes()) == digest
+    figures = {p.name for p in (out / "figures").iterdir()}
+    for name in ("similarity_histograms", "accuracy_by_similarity", "pruning_curves", "effective_robustness"):
+        assert {f"{name}.svg", f"{name}.png"} <= figures
+    marks = pq.read_schema(out / "tables" / "accuracy.parquet").metadata
+    assert {d["artefact"] for d in json.loads(marks[b"clipgap.digests"])} >= {"embed/pool", "scores", "splits/full"}
+
+
+def test_the_same_records_give_the_same_figure(built, study, page) -> None:
+    bins = similarity.histograms(study)
+    files = theme.render(lambda shade: figures.similarity_histograms(bins, similarity.closeness(study), shade))
+    assert files["light.svg"] == (built.root / "report" / "figures" / "similarity_histograms.svg").read_bytes()
+    assert files["light.svg"] != files["dark.svg"]
+
+
+@pytest.mark.parametrize(
+    ("gone", "missing"),
+    [
+        ("eval", {"table", "accuracy-similarity", "pruning", "robustness", "groups"}),
+        ("scores", {"similarity", "accuracy-similarity", "galleries", "removed"}),
+        ("gaps", {"gap-check"}),
+        ("runs", {"training"}),
+        ("world", set()),
+        ("embed", set()),
+    ],
+)
+def test_what_is_missing_is_named_in_the_page(built, tmp_path, gone, missing, monkeypatch) -> None:
+    monkeypatch.setattr(report.page, "render", lambda draw: draw(theme.LIGHT) and EMPTY)  # draws, writes no bytes
+    shutil.copytree(built.root, tmp_path / "s", ignore=shutil.ignore_patterns("report", gone))
+    summary = report.run(ReportSettings(study=str(tmp_path / "s"), gallery_rows=1, draws=50))
+    assert set(summary.extra["missing"]) == missing
+    html = (tmp_path / "s" / "report" / "index.html").read_text()
+    assert html.count("Not shown:") == len(missing)
+
+
+def test_a_directory_that_is_no_study_is_refused(tmp_path) -> None:
+    with pytest.raises(DataError, match=r"is no study"):
+        report.run(ReportSettings(study=str(tmp_path)))

@@ -1,0 +1,80 @@
+"""Effective robustness: the golden ImageNet line (counteranimal.md 10.1, item 3), axes, units, ends of the scale."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipgap_ray.kernels import robustness
+
+# counteranimal.md section 4: AlexNet ... ConvNext/L, 1 vs 1000, common and counter.
+IMAGENET = np.array(
+    [[59.56, 39.24], [73.37, 56.12], [75.33, 58.43], [77.84, 61.74], [74.36, 56.07], [78.31, 61.01], [81.44, 66.07],
+     [81.76, 68.18], [84.97, 74.98], [79.84, 64.36], [83.74, 72.69], [81.23, 67.54], [88.27, 79.97], [88.60, 80.53],
+     [89.12, 81.47]]
+)  # fmt: skip
+
+
+def imagenet_line(axes: robustness.Axes = "probit") -> robustness.Line:
+    fractions, unit = robustness.as_fractions(IMAGENET)
+    assert unit == "percent"
+    return robustness.fit(fractions[:, 0], fractions[:, 1], axes)
+
+
+def test_golden_imagenet_line() -> None:
+    line = imagenet_line()
+    assert (line.slope, line.intercept, line.r2) == pytest.approx((1.2138, -0.6185, 0.991), abs=0.001)
+    logit = imagenet_line("logit")
+    assert (logit.slope, logit.intercept, logit.r2) == pytest.approx((1.1454, -0.9451, 0.993), abs=0.001)
+    assert line.slope_interval[0] < 1.2138 < line.slope_interval[1]
+
+
+def test_residual_is_in_points_and_extrapolation_is_marked() -> None:
+    line = imagenet_line()
+    at = float(line.predict(np.array([0.8]))[0])
+    assert robustness.residuals_pp(line, np.array([0.8]), np.array([at + 0.05])) == pytest.approx([5.0])
+    assert line.extrapolates(np.array([0.5, 0.8, 0.95])).tolist() == [True, False, True]
+    low, high = line.band(np.array([0.8]))
+    assert low[0] < at < high[0]
+
+
+def test_leave_one_out_shows_the_model_that_carries_the_line() -> None:
+    x = np.array([0.5, 0.6, 0.7, 0.8])
+    y = robustness.from_axis(robustness.to_axis(x, "probit") - 0.5, "probit")
+    y[3] += 0.1
+    found = robustness.leave_one_out(x, y)
+    assert found[3][0].slope == pytest.approx(1.0)
+    assert found[3][1] == pytest.approx(10.0)
+    assert found[0][0].slope > 1.05
+
+
+@given(st.floats(0.01, 0.99), st.sampled_from(["probit", "logit", "linear"]))
+def test_axes_invert(value, axes) -> None:
+    assert robustness.from_axis(robustness.to_axis(np.array([value]), axes), axes)[0] == pytest.approx(value)
+
+
+def test_ends_of_the_scale_move_inside_with_and_without_counts() -> None:
+    values = np.array([0.0, 0.5, 1.0])
+    inside, moved = robustness.pull_inside(values, np.array([9, 9, 19]), "probit")
+    assert inside == pytest.approx([0.05, 0.5, 0.975])  # (h + 1/2) / (n + 1)
+    assert moved.tolist() == [True, False, True]
+    assert robustness.pull_inside(values, None, "logit")[0] == pytest.approx([0.001, 0.5, 0.999])
+    assert not robustness.pull_inside(values, None, "linear")[1].any()
+    with pytest.raises(ValueError, match="no place on probit axes"):
+        robustness.fit(values, values)
+
+
+def test_units() -> None:
+    assert robustness.as_fractions(np.array([0.3, 1.0]))[1] == "fraction"
+    assert robustness.as_fractions(np.array([0.3, 1.1]))[1] == "percent"
+    with pytest.raises(ValueError, match="must lie in"):
+        robustness.as_fractions(np.array([101.0]))
+
+
+def test_two_baselines_make_a_line_without_error_and_one_makes_none() -> None:
+    line = robustness.fit(np.array([0.4, 0.8]), np.array([0.2, 0.6]))
+    assert line.predict(np.array([0.4, 0.8])) == pytest.approx([0.2, 0.6])
+    assert np.isinf(line.slope_interval[1])
+    assert line.band(np.array([0.5])) is None
+    with pytest.raises(ValueError, match="at least two"):
+        robustness.fit(np.array([0.4, 0.4]), np.array([0.2, 0.6]))

@@ -1,0 +1,87 @@
+"""Group shift: the golden numbers of counteranimal.md 10.1, items 1 and 2, and hand-made tables."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clipgap_ray.kernels import shift
+
+TABLE = Path(__file__).parent.parent / "data" / "counteranimal_per_class.csv"
+
+
+def golden(model: str) -> shift.GroupCounts:
+    rows = list(csv.DictReader(TABLE.open()))
+    accuracy = np.array([[float(row[f"{model}_{g}"]) for g in "ck"] for row in rows]) / 100
+    totals = np.array([[int(row["n_common"]), int(row["n_counter"])] for row in rows])
+    return shift.from_accuracies(accuracy, totals, [row["label"] for row in rows], shift.PAIR)
+
+
+def summary(model: str) -> dict:
+    return shift.summarise(golden(model), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("model", "balanced", "drop", "unbalanced"),
+    [
+        ("L400M_B32", (67.18, 36.96), 30.23, (68.91, 33.92)),
+        ("L400M_B16", (73.11, 52.18), None, (75.55, 48.46)),
+        ("L400M_L14", (80.91, 63.32), None, None),
+        ("L2B_B32", (72.94, 48.75), None, (74.23, 46.00)),
+    ],
+)
+def test_golden_averages_to_the_second_decimal(model, balanced, drop, unbalanced) -> None:
+    result = summary(model)
+    assert tuple(round(100 * result["balanced"][g], 2) for g in shift.PAIR) == balanced
+    if drop is not None:
+        assert round(result["drop"]["drop_pp"], 2) == drop
+    if unbalanced is not None:
+        assert tuple(round(100 * result["unbalanced"][g], 2) for g in shift.PAIR) == unbalanced
+    assert result["num_images"] == {"common": 7408, "counter": 5926}
+
+
+def test_golden_worst_class_group_and_class_counts() -> None:
+    result = summary("L400M_B32")
+    worst = result["worst_class_group"]
+    assert (worst["class_name"], worst["group"], worst["hits"], worst["n"]) == ("mink", "counter", 0, 102)
+    assert result["num_classes_second_larger"] == 17
+    assert result["num_insignificant_drops"] == 2  # "43 of 45 reference drops exceed 1.96 standard errors"
+    assert result["num_negative_drops"] == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "images", "classes"),
+    [("L400M_B32", (28.6, 31.9), (25.6, 34.9)), ("L2B_B32", (22.6, 25.8), (19.8, 28.7))],
+)
+def test_golden_bootstrap_intervals(model, images, classes) -> None:
+    found = summary(model)["intervals"]
+    assert found["drop_pp_images"] == pytest.approx(images, abs=0.2)
+    assert found["drop_pp_classes"] == pytest.approx(classes, abs=0.6)
+
+
+def test_a_printed_accuracy_that_no_count_gives_is_found() -> None:
+    assert shift.impossible(golden("OAI_B32")) == [("lion", "counter")]  # printed 62.22, n = 222: section 9, item 5
+    assert shift.impossible(golden("L400M_B32")) == []
+
+
+def test_counts_and_classes_without_one_group_are_left_out_and_named() -> None:
+    counts = shift.count(
+        ["a", "a", "a", "b", "b", "only"],
+        ["common", "counter", "counter", "common", "counter", "common"],
+        np.array([1, 0, 1, 1, 0, 0], bool),
+    )
+    result = shift.summarise(counts, np.random.default_rng(0), draws=50)
+    assert result["classes_left_out"] == ["only"]
+    assert result["balanced"] == {"common": 1.0, "counter": 0.25}
+    assert result["unbalanced"] == {"common": 1.0, "counter": pytest.approx(1 / 3)}
+    assert result["drop"]["drop_pp"] == pytest.approx(75)
+    assert result["drop"]["relative"] == pytest.approx(0.75)
+    assert result["worst_class_group"]["class_name"] == "b"
+    assert next(r for r in result["classes"] if r["class_name"] == "only")["drop_pp"] is None
+
+
+def test_a_missing_group_is_named() -> None:
+    counts = shift.count(["a"], ["easy"], np.array([True]))
+    with pytest.raises(ValueError, match="no photos of group 'common'; groups are easy"):
+        shift.summarise(counts, np.random.default_rng(0))
