@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for name in ("httpx", "open_clip", "root", "fsspec", "numba"):
+    for name in ("httpx", "open_clip", "fsspec", "numba", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         return _dispatch(words)

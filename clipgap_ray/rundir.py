@@ -34,6 +34,7 @@ from clipgap_ray.errors import DataError, LeaseError, StaleOutputError
 
 LEASE_BEAT_S = 5.0
 COMPACT_ABOVE = 64
+READ_ATTEMPTS = 5
 
 
 class CommitLog:
@@ -45,13 +46,23 @@ class CommitLog:
     def __init__(self, uri: str) -> None:
         self.uri = store.join(uri, "commits")
         self.records: dict[int, dict[str, Any]] = {}
-        names = [name for name in store.list_names(self.uri) if name.endswith(".jsonl")]
-        for name in names:
+        self._segments: list[str] = []
+        for attempt in range(READ_ATTEMPTS):
+            try:
+                self._read()
+                break
+            except DataError:  # the driver compacted between our listing and our reading
+                if attempt == READ_ATTEMPTS - 1:
+                    raise
+        self._next = 1 + max((int(name.split("-")[1][:8]) for name in self._segments), default=-1)
+
+    def _read(self) -> None:
+        self._segments = [name for name in store.list_names(self.uri) if name.endswith(".jsonl")]
+        self.records = {}
+        for name in self._segments:
             for line in store.read_bytes(store.join(self.uri, name)).splitlines():
                 record = json.loads(line)
                 self.records[record["part"]] = record
-        self._segments = names
-        self._next = 1 + max((int(name.split("-")[1][:8]) for name in names), default=-1)
 
     def append(self, records: list[dict[str, Any]]) -> None:
         """Commit parts: one new segment, whole or absent. Each record needs an int `part`."""
@@ -62,6 +73,9 @@ class CommitLog:
         self._next += 1
         self._segments.append(name)
         self.records.update({record["part"]: record for record in records})
+        # In proportion to the records: a run of 41,408 commits leaves hundreds of segments, and rewrites 1 GB in all.
+        if len(self._segments) > COMPACT_ABOVE + len(self.records) // COMPACT_ABOVE:
+            self.compact()
 
     def compact(self) -> None:
         """Fold many segments into one; the new one is complete before the old ones go."""
@@ -307,6 +321,7 @@ class RunDirectory:
             self.summary.add(self.log.records[part])
         self.summary.extra.update(extra)
         self.summary.check()
+        self.log.compact()
         content = store.digest([self.log.records[part].get("files", {}) for part in sorted(self.log.records)])
         manifest = {
             "stage": self.stage,

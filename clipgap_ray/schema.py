@@ -170,7 +170,10 @@ def pack_uids(uids: Sequence[str] | pa.Array | pa.ChunkedArray) -> np.ndarray:
         bad = next(u for u in uids if len(u) != 32)
         raise DataError(f"uid {bad!r} is not 32 hex characters")
     try:
-        words = np.frombuffer(bytes.fromhex(joined), dtype=">u8")
+        raw = bytes.fromhex(joined)
+        if len(raw) != 16 * len(uids):  # fromhex skips blanks
+            raise ValueError("it holds blanks")
+        words = np.frombuffer(raw, dtype=">u8")
     except ValueError as error:
         raise DataError(f"a uid is not hexadecimal: {error}") from None
     packed = np.empty(len(uids), dtype=UID)

@@ -41,7 +41,7 @@ class EmbedSettings(Settings):
     device: Annotated[Device, Operational()] = "auto"
     """auto: GPUs if the cluster has any, else CPUs."""
     workers: Annotated[int, Operational()] = 0
-    """Encoder actors; 0 = one per GPU, or one per two CPU cores."""
+    """Encoder actors; 0 = one per GPU, or one per CPU core."""
     threads: int = 1
     """torch threads per encoder; part of the fingerprint."""
     max_skip_fraction: Annotated[float, Operational()] = 0.01

@@ -238,6 +238,13 @@ def nearest(
         at = order[np.searchsorted(ids, found.row_ids[known], sorter=order)] if known.any() else order[:0]
         exact = np.full(found.row_ids.shape, -np.inf)
         exact[known] = exact_pairs(queries[np.nonzero(known)[0]], rows[at])
+        if exact.shape[1] < len(rows):
+            # Candidates all within the bound of the k-th may have crowded out a better row: look at every row.
+            reach = found.similarities[:, k - 1] - 2 * error_bound(rows.shape[1])
+            for q in np.nonzero(found.similarities[:, -1] >= reach)[0]:
+                every = exact_matrix(queries[q : q + 1], rows)[0]
+                top = np.lexsort((ids, -every))[: exact.shape[1]]
+                exact[q], found.row_ids[q] = every[top], ids[top]
         both = np.concatenate([similarities, exact], axis=1)
         both_ids = np.concatenate([row_ids, found.row_ids], axis=1)
         rank = np.lexsort((np.where(both_ids < 0, np.iinfo(np.int64).max, both_ids), -both), axis=1)[:, :k]

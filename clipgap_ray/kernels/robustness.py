@@ -28,7 +28,7 @@ def to_axis(values: np.ndarray, axes: Axes) -> np.ndarray:
 
 
 def from_axis(values: np.ndarray, axes: Axes) -> np.ndarray:
-    """Invert `to_axis`; linear predictions are not clipped to [0, 1]."""
+    """Invert `to_axis` for (n,) float64 values; linear predictions are not clipped to [0, 1]."""
     values = np.asarray(values, np.float64)
     if axes == "probit":
         return special.ndtr(values)

@@ -8,7 +8,7 @@ computed again, a committed one never. Skipped samples travel in the chunks as l
 reconcile. Rejected: one bad sample failing a task (Ray's default), and row-level checkpoints (ray.md 1.4).
 
 Reads: any source of `sources.list_shards`, or a labelled set of `testsets`. Writes: `embeddings` layout.
-Unit of restart: the shard. Actors: one per GPU, or one per two cores. On failure: run the same command again.
+Unit of restart: the shard. Actors: one per GPU, or one per core. On failure: run the same command again.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _chunks(
     context.print_on_execution_start = False
     context.target_max_block_size = BLOCK_BYTES
     gpus = 1.0 if encoder.device == "cuda" else 0.0
-    workers = settings.workers or int(ray.cluster_resources().get("GPU", 0) if gpus else max(1, physical_cpus() // 2))
+    workers = settings.workers or int(ray.cluster_resources().get("GPU", 0) if gpus else physical_cpus())
     dataset = ray.data.read_datasource(
         ShardDatasource(window, plan), override_num_blocks=len(window), num_cpus=READ_CPUS
     ).map_batches(

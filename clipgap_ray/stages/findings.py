@@ -34,10 +34,14 @@ def run(study: str, assert_effects: bool) -> list[dict[str, Any]]:
     recipes = {name: store.read_json(f"{study}/splits/{name}.recipe.json") for name in info["splits"]}
     records = [_gap(study, name, recipe) for name, recipe in recipes.items() if recipe["kind"] == "gap-match"]
     records += _orders(study, info, recipes, assert_effects)
+    with_base = bool(_accuracies(study, info, "full", "", "pool+reference"))
     records += [
         _lowers(study, info, recipe, assert_effects)
         for recipe in recipes.values()
-        if recipe["kind"] == "gap-match" and len(recipe["tests"]) == 1 and _accuracies(study, info, recipe["name"], "")
+        if recipe["kind"] == "gap-match"
+        and len(recipe["tests"]) == 1
+        and with_base
+        and _accuracies(study, info, recipe["name"], "", "pool+reference")
     ]
     store.write_json(f"{study}/report/findings.json", records)
     failed = [record for record in records if record["asserted"] and not record["holds"]]

@@ -10,6 +10,7 @@ from clipgap_ray.world.parts import BODY, DARK, LIGHT, SECOND, Part, arc, dome, 
 
 
 def fish(j: np.ndarray) -> list[Part]:
+    """Draw a fish with (n,) jitters j of its proportions."""
     tall, tail = 0.4 + 0.08 * j[0], 0.4 + 0.1 * j[1]
     return [
         polygon(SECOND, -0.4, 0.0, -0.95, -tail, -0.8, 0.0, -0.95, tail),
@@ -23,6 +24,7 @@ def fish(j: np.ndarray) -> list[Part]:
 
 
 def whale(j: np.ndarray) -> list[Part]:
+    """Draw a whale with (n,) jitters j of its proportions."""
     deep, lift = 0.46 + 0.06 * j[0], 0.5 + 0.15 * j[1]
     return [
         polygon(BODY, -0.1, -0.3, -0.6, -0.12, -0.78, -lift, -0.6, -lift, -0.4, 0.12, 0.0, 0.5),
@@ -39,6 +41,7 @@ def whale(j: np.ndarray) -> list[Part]:
 
 
 def bird(j: np.ndarray) -> list[Part]:
+    """Draw a bird with (n,) jitters j of its proportions."""
     plump, tail = 0.34 + 0.05 * j[0], 0.16 + 0.1 * j[1]
     return [
         polygon(SECOND, -0.35, 0.0, -0.98, 0.1 + tail, -0.95, 0.32 + tail, -0.25, 0.3),
@@ -54,6 +57,7 @@ def bird(j: np.ndarray) -> list[Part]:
 
 
 def duck(j: np.ndarray) -> list[Part]:
+    """Draw a duck with (n,) jitters j of its proportions."""
     neck, deep = 0.12 * j[0], 0.36 + 0.04 * j[1]
     return [
         polygon(BODY, -0.4, 0.1, -0.95, -0.18, -0.75, 0.4),
@@ -68,6 +72,7 @@ def duck(j: np.ndarray) -> list[Part]:
 
 
 def cat(j: np.ndarray) -> list[Part]:
+    """Draw a cat with (n,) jitters j of its proportions."""
     ear, side = 0.12 * j[0], np.sign(j[1]) or 1.0
     return [
         arc(BODY, 0.13, 0.5 * side, 0.45, 0.36 * side, 0.42, 90, -70),
@@ -89,6 +94,7 @@ def cat(j: np.ndarray) -> list[Part]:
 
 
 def dog(j: np.ndarray) -> list[Part]:
+    """Draw a dog with (n,) jitters j of its proportions."""
     drop, side = 0.1 * j[0], np.sign(j[1]) or 1.0
     return [
         line(BODY, 0.14, 0.3 * side, 0.7, 0.72 * side, 0.5, 0.84 * side, 0.22),
@@ -108,6 +114,7 @@ def dog(j: np.ndarray) -> list[Part]:
 
 
 def rabbit(j: np.ndarray) -> list[Part]:
+    """Draw a rabbit with (n,) jitters j of its proportions."""
     long, splay = 0.4 + 0.06 * j[0], 10 + 8 * j[1]
     return [
         ellipse(LIGHT, 0.44, 0.66, 0.15),
@@ -127,6 +134,7 @@ def rabbit(j: np.ndarray) -> list[Part]:
 
 
 def snail(j: np.ndarray) -> list[Part]:
+    """Draw a snail with (n,) jitters j of its proportions."""
     size, rise = 0.48 + 0.06 * j[0], 0.1 * j[1]
     turn = np.linspace(0.0, 4.2 * np.pi, 40)
     radius = np.linspace(0.92, 0.1, 40) * size
@@ -143,6 +151,7 @@ def snail(j: np.ndarray) -> list[Part]:
 
 
 def snake(j: np.ndarray) -> list[Part]:
+    """Draw a snake with (n,) jitters j of its proportions."""
     along = np.linspace(0.0, 1.0, 36)
     waves, height = 1.5 + 0.25 * j[0], 0.34 + 0.08 * j[1]
     body = np.stack([-0.92 + 1.55 * along, height * np.sin(2 * np.pi * waves * along) * (0.6 + 0.4 * along)], axis=1)
@@ -158,6 +167,7 @@ def snake(j: np.ndarray) -> list[Part]:
 
 
 def butterfly(j: np.ndarray) -> list[Part]:
+    """Draw a butterfly with (n,) jitters j of its proportions."""
     up, low, tilt = 0.42 + 0.06 * j[0], 0.3 + 0.06 * j[1], 35 + 10 * j[2]
     halves = [
         [
@@ -173,6 +183,7 @@ def butterfly(j: np.ndarray) -> list[Part]:
 
 
 def spider(j: np.ndarray) -> list[Part]:
+    """Draw a spider with (n,) jitters j of its proportions."""
     knee, reach = 0.16 + 0.08 * j[0], 0.92 + 0.05 * j[1]
     legs = [
         line(DARK, 0.06, 0.14 * s, 0.1 * row, 0.5 * s, 0.28 * row - knee, reach * s, 0.46 * row + 0.08)
@@ -190,6 +201,7 @@ def spider(j: np.ndarray) -> list[Part]:
 
 
 def turtle(j: np.ndarray) -> list[Part]:
+    """Draw a turtle with (n,) jitters j of its proportions."""
     high, neck = 0.62 + 0.1 * j[0], 0.08 * j[1]
     return [
         polygon(BODY, -0.6, 0.3, -0.95, 0.46, -0.6, 0.42),

@@ -60,9 +60,13 @@ class Artist(Protocol):
     NAMES: tuple[str, ...]
     TEMPLATES: tuple[str, ...]
 
-    def draw(self, spec: WorldSpec, set_name: str, row: int) -> Picture: ...
+    def draw(self, spec: WorldSpec, set_name: str, row: int) -> Picture:
+        """Draw a row of a set."""
+        ...
 
-    def caption(self, facts: Facts, kind: str, rng: np.random.Generator) -> str: ...
+    def caption(self, facts: Facts, kind: str, rng: np.random.Generator) -> str:
+        """Write a caption of a kind for a picture."""
+        ...
 
 
 def _artist(spec: WorldSpec) -> Artist:

@@ -10,6 +10,7 @@ from clipgap_ray.world.parts import BODY, DARK, GAP, LIGHT, SECOND, Part, arc, b
 
 
 def tree(j: np.ndarray) -> list[Part]:
+    """Draw a tree with (n,) jitters j of its proportions."""
     trunk = polygon(SECOND, -0.12, 0.1, 0.12, 0.1, 0.16, 0.95, -0.16, 0.95)
     if j[1] > 0.3:  # a conifer
         wide = 0.58 + 0.1 * j[0]
@@ -31,6 +32,7 @@ def tree(j: np.ndarray) -> list[Part]:
 
 
 def mushroom(j: np.ndarray) -> list[Part]:
+    """Draw a mushroom with (n,) jitters j of its proportions."""
     wide, stem = 0.78 + 0.1 * j[0], 0.17 + 0.05 * j[1]
     return [
         polygon(LIGHT, -stem, 0.0, stem, 0.0, 1.5 * stem, 0.9, -1.5 * stem, 0.9),
@@ -43,6 +45,7 @@ def mushroom(j: np.ndarray) -> list[Part]:
 
 
 def umbrella(j: np.ndarray) -> list[Part]:
+    """Draw a umbrella with (n,) jitters j of its proportions."""
     wide, side = 0.88 + 0.06 * j[0], np.sign(j[1]) or 1.0
     top = 0.0 - 0.72 - 0.08 * j[2]
     scallops = [bow(wide * x, 0.0, wide / 4, 0.13, 0, -180, 6) for x in (0.75, 0.25, -0.25, -0.75)]
@@ -59,6 +62,7 @@ def umbrella(j: np.ndarray) -> list[Part]:
 
 
 def flower(j: np.ndarray) -> list[Part]:
+    """Draw a flower with (n,) jitters j of its proportions."""
     num, reach = 5 + int(2.99 * abs(j[0])), 0.33 + 0.03 * j[1]
     stem = 0.1 * j[2]
     petals = [
@@ -76,6 +80,7 @@ def flower(j: np.ndarray) -> list[Part]:
 
 
 def house(j: np.ndarray) -> list[Part]:
+    """Draw a house with (n,) jitters j of its proportions."""
     wide, eaves, peak = 0.62 + 0.1 * j[0], -0.1 + 0.1 * j[1], -0.82 + 0.1 * j[2]
     return [
         polygon(SECOND, 0.3, eaves, 0.3, peak + 0.02, 0.48, peak + 0.02, 0.48, eaves),
@@ -88,6 +93,7 @@ def house(j: np.ndarray) -> list[Part]:
 
 
 def car(j: np.ndarray) -> list[Part]:
+    """Draw a car with (n,) jitters j of its proportions."""
     roof, nose = -0.5 + 0.08 * j[0], 0.55 + 0.12 * j[1]
     return [
         polygon(BODY, -0.62, 0.0, -0.4, roof, 0.25, roof, nose, 0.0),
@@ -101,6 +107,7 @@ def car(j: np.ndarray) -> list[Part]:
 
 
 def boat(j: np.ndarray) -> list[Part]:
+    """Draw a boat with (n,) jitters j of its proportions."""
     mast, keel = -0.85 + 0.08 * j[0], 0.62 + 0.08 * j[1]
     return [
         line(DARK, 0.06, 0.0, 0.36, 0.0, mast - 0.08),
@@ -112,6 +119,7 @@ def boat(j: np.ndarray) -> list[Part]:
 
 
 def cup(j: np.ndarray) -> list[Part]:
+    """Draw a cup with (n,) jitters j of its proportions."""
     wide, foot = 0.58 + 0.06 * j[0], 0.4 + 0.06 * j[1]
     return [
         arc(BODY, 0.13, 0.5, 0.06, 0.36, 0.3, -100, 100),
@@ -124,6 +132,7 @@ def cup(j: np.ndarray) -> list[Part]:
 
 
 def jug(j: np.ndarray) -> list[Part]:
+    """Draw a jug with (n,) jitters j of its proportions."""
     belly, neck = 0.5 + 0.06 * j[0], 0.26 + 0.05 * j[1]
     return [
         arc(BODY, 0.12, 0.3, -0.2, 0.46, 0.42, -90, 80),
@@ -136,6 +145,7 @@ def jug(j: np.ndarray) -> list[Part]:
 
 
 def moon(j: np.ndarray) -> list[Part]:
+    """Draw a moon with (n,) jitters j of its proportions."""
     outer = bow(0.0, 0.0, 0.9, 0.9, 60, 300, 26)
     inner = bow(0.36 + 0.06 * j[0], 0.0, 0.79, 0.78, 285, 75, 22)
     return [
@@ -145,6 +155,7 @@ def moon(j: np.ndarray) -> list[Part]:
 
 
 def banana(j: np.ndarray) -> list[Part]:
+    """Draw a banana with (n,) jitters j of its proportions."""
     fat = 0.62 + 0.08 * j[0]
     outer = bow(0.0, -0.55, 0.95, 1.1, 10, 170, 22)
     inner = bow(0.0, -0.5, 0.84, 1.1 - 0.7 * fat, 168, 12, 18)
@@ -157,6 +168,7 @@ def banana(j: np.ndarray) -> list[Part]:
 
 
 def key(j: np.ndarray) -> list[Part]:
+    """Draw a key with (n,) jitters j of its proportions."""
     ring, bit = 0.27 + 0.04 * j[0], 0.26 + 0.06 * j[1]
     return [
         Part(bow(-0.58, 0.0, ring, ring, 0, 360, 24), BODY, 0.17),

@@ -1,0 +1,87 @@
+"""Identities: row ids pack and unpack, uids sort as DataComp's subset files do, names are checked."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipgap_ray import schema
+from clipgap_ray.errors import ConfigError, DataError
+
+
+def test_row_ids_put_the_part_in_the_high_word() -> None:
+    assert schema.row_ids(3, 2).tolist() == [3 * 2**32, 3 * 2**32 + 1]
+    assert schema.row_ids(0, 0).dtype == np.int64
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 2**32 - 1)), min_size=1))
+def test_row_ids_round_trip_and_sort_by_part_then_row(pairs: list[tuple[int, int]]) -> None:
+    ids = np.array([(part << 32) | row for part, row in pairs], np.int64)
+    parts, rows = schema.split_row_ids(ids)
+    assert list(zip(parts.tolist(), rows.tolist(), strict=True)) == pairs
+    assert [pairs[i] for i in np.argsort(ids, kind="stable")] == sorted(pairs)
+
+
+@pytest.mark.parametrize(("part", "rows"), [(-1, 1), (1 << 31, 1), (0, (1 << 32) + 1)])
+def test_row_ids_that_do_not_fit_are_refused(part: int, rows: int) -> None:
+    with pytest.raises(DataError, match="does not fit"):
+        schema.row_ids(part, rows)
+
+
+UIDS = st.lists(st.integers(0, 2**128 - 1).map(lambda number: f"{number:032x}"), max_size=20)
+
+
+@given(UIDS)
+def test_uids_round_trip_and_sort_like_their_text(uids: list[str]) -> None:
+    packed = schema.pack_uids(uids)
+    assert packed.dtype == np.dtype("u8,u8")
+    assert schema.unpack_uids(packed) == uids
+    assert [uids[i] for i in schema.sort_uids(packed)] == sorted(uids)
+    assert np.array_equal(packed, schema.pack_uids(pa.chunked_array([uids], pa.string())))
+
+
+def test_uid_words_are_big_endian() -> None:
+    packed = schema.pack_uids(["000000000000000100000000000000ff"])
+    assert (int(packed["f0"][0]), int(packed["f1"][0])) == (1, 255)
+
+
+@pytest.mark.parametrize("uid", ["", "ab", "g" * 32, "0" * 33, "0" * 16 + " " * 16])
+def test_what_is_no_uid_is_refused(uid: str) -> None:
+    with pytest.raises(DataError, match="uid"):
+        schema.pack_uids([uid])
+
+
+def test_lengths_that_cancel_out_are_still_refused() -> None:
+    with pytest.raises(DataError, match="31 hex|not 32 hex"):
+        schema.pack_uids(["0" * 31, "0" * 33])
+
+
+def test_named_words_keep_their_order() -> None:
+    assert schema.named(["b=x", "a-1=s3://y=z"], "--test") == {"b": "x", "a-1": "s3://y=z"}
+    assert list(schema.named(["b=x", "a=y"], "--test")) == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["val"], "'val' is not NAME=PATH"), (["val="], "is not NAME=PATH"), (["a=x", "a=y"], "names 'a' twice"),
+     (["Val=x"], "'Val' does not match"), (["=x"], "'' does not match")],
+)  # fmt: skip
+def test_malformed_words_are_refused_by_flag(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        schema.named(words, "--test")
+    assert "--test" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["val", "imagenet-v2", "a_b", "0"])
+def test_good_names_come_back(name: str) -> None:
+    assert schema.check_name(name, "test set") == name
+
+
+@pytest.mark.parametrize("name", ["", "-a", "A", "a b", "a/b", "a\n", "ä"])
+def test_bad_names_are_refused_with_a_hint(name: str) -> None:
+    with pytest.raises(ConfigError, match="test set") as error:
+        schema.check_name(name, "test set")
+    assert "imagenet-v2" in str(error.value)

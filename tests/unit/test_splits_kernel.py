@@ -1,0 +1,103 @@
+"""Splits as filters: sizes exact, near and far complementary, ties by uid, copies together."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipgap_ray import schema
+from clipgap_ray.errors import ConfigError
+from clipgap_ray.kernels import splits
+
+VALUES = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, -np.inf]), max_size=30).map(np.array)  # ties everywhere
+
+
+@given(VALUES, st.data())
+def test_near_and_far_are_complements_of_exact_size(values: np.ndarray, data: st.DataObject) -> None:
+    size = data.draw(st.integers(0, len(values)))
+    near, far = splits.keep_least(values, size), splits.keep_most(values, len(values) - size)
+    assert near.sum() == size
+    assert np.array_equal(near, ~far)
+    # definition: sort by (value, uid position), keep the first
+    expected = sorted(range(len(values)), key=lambda i: (values[i], i))[:size]
+    assert sorted(np.nonzero(near)[0].tolist()) == sorted(expected)
+    if 2 * size <= len(values):
+        assert not (near & splits.keep_most(values, size)).any()
+
+
+def test_the_least_similar_stay_under_near_and_the_most_similar_under_far() -> None:
+    values = np.array([0.9, 0.1, 0.5, 0.1])
+    assert splits.keep_least(values, 1).tolist() == [False, True, False, False]  # of the two 0.1 the lower uid
+    assert splits.keep_most(values, 1).tolist() == [True, False, False, False]
+
+
+@given(st.lists(st.integers(0, 5), max_size=30), st.integers(0, 100))
+def test_copies_of_a_uid_count_once_and_share_their_largest_value(numbers: list[int], seed: int) -> None:
+    texts = [f"{(number % 2) << 64 | number:032x}" for number in numbers]
+    uids, position = splits.unique_uids(schema.pack_uids(texts))
+    assert schema.unpack_uids(uids) == sorted(set(texts))
+    assert [schema.unpack_uids(uids[[at]])[0] for at in position] == texts
+    values = np.random.default_rng(seed).integers(0, 9, len(texts)).astype(np.float32)
+    largest = splits.max_per_uid(values, position, len(uids))
+    assert largest.dtype == np.float64
+    for at, text in enumerate(sorted(set(texts))):
+        assert largest[at] == max(v for v, t in zip(values, texts, strict=True) if t == text)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"), [("0", 0), ("7", 7), ("10", 10), ("0.5", 5), ("1.0", 10), ("0.0", 0), (".25", 2), ("0.16", 2)]
+)
+def test_sizes_are_counts_or_with_a_point_fractions(text: str, kept: int) -> None:
+    assert splits.parse_size(text, 10) == kept
+
+
+@pytest.mark.parametrize("text", ["11", "-1", "1.5", "half", "", "1e1", "1,5", "nan", "0.5.1"])
+def test_impossible_sizes_name_the_value(text: str) -> None:
+    with pytest.raises(ConfigError, match="--size") as error:
+        splits.parse_size(text, 10)
+    assert text in str(error.value)
+
+
+@given(st.integers(0, 200), st.integers(1, 60), st.data())
+def test_only_rows_of_the_boundary_can_change_sides(seed: int, num: int, data: st.DataObject) -> None:
+    """Exact values on the boundary and float32 ones elsewhere cut as exact values everywhere would."""
+    bound = 0.01
+    rng = np.random.default_rng(seed)
+    truth = rng.choice(np.linspace(0, 0.2, 21), num)
+    stored = truth + rng.uniform(-bound, bound, num)
+    size = data.draw(st.integers(0, num))
+    band = splits.boundary(stored, size, bound)
+    mended = stored.copy()
+    mended[band] = truth[band]
+    assert np.array_equal(splits.keep_least(mended, size), splits.keep_least(truth, size))
+
+
+def test_the_boundary_is_small_when_the_bound_is() -> None:
+    values = np.linspace(0, 1, 1001)
+    assert splits.boundary(values, 500, 1e-4).tolist() == [499]
+    assert splits.boundary(values, 0, 1.0).tolist() == splits.boundary(values, 1001, 1.0).tolist() == []
+
+
+def test_random_keeps_the_size_and_follows_the_seed() -> None:
+    masks = [splits.keep_random(100, 30, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    assert [mask.sum() for mask in masks] == [30, 30, 30]
+    assert np.array_equal(masks[0], masks[1])
+    assert not np.array_equal(masks[0], masks[2])
+    counts = sum(splits.keep_random(10, 5, np.random.default_rng(seed)).astype(int) for seed in range(400))
+    assert (np.abs(counts - 200) < 60).all()  # six standard deviations of a fair coin
+
+
+def test_core_policies_by_hand() -> None:
+    columns = np.array([[0.9, 0.8, 0.1, 0.2], [0.10, 0.11, 0.12, 0.10]])
+    assert splits.merge_scores(columns, "max").tolist() == [0.9, 0.8, 0.12, 0.2]
+    # best ranks: 0 in the first set, 1 in both, 0 in the second, 2 in the first
+    assert splits.merge_scores(columns, "rank").tolist() == [0, -1, 0, -2]
+    z = splits.merge_scores(columns, "zscore")
+    assert z[2] == pytest.approx((0.12 - 0.1075) / np.std([0.10, 0.11, 0.12, 0.10]))
+    assert z[0] == pytest.approx((0.9 - 0.5) / np.std([0.9, 0.8, 0.1, 0.2]))
+
+
+def test_zscore_of_a_constant_set_is_zero_not_a_division_error() -> None:
+    assert splits.merge_scores(np.array([[0.5, 0.5], [0.1, 0.3]]), "zscore").tolist() == [0.0, pytest.approx(1.0)]
