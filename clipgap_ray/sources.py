@@ -87,7 +87,7 @@ def _list_directory(uri: str) -> Iterator[Shard]:
     source = base.rsplit("/", 1)[-1]
 
     def name_of(file: str) -> str:
-        return file[len(base) + 1 :] if file.startswith(base + "/") else file
+        return file[len(base) + 1 :] if file == base or file.startswith(base + "/") else file
 
     for suffix, kind in ((".tar", "tar"), (".parquet", "parquet")):
         chosen = [file for file in files if file.lower().endswith(suffix)]

@@ -16,7 +16,7 @@ import ray
 
 from clipgap_ray import rundir, schema, store, testsets
 from clipgap_ray.config.train import EvaluateSettings
-from clipgap_ray.encoder import EncoderSettings, ImageError, Preprocess, check, resolve_checkpoint
+from clipgap_ray.encoder import EncoderSettings, ImageError, Preprocess, check, register_models, resolve_checkpoint
 from clipgap_ray.errors import DataError
 from clipgap_ray.kernels import zero_shot
 from clipgap_ray.shards import Sample, Skip
@@ -37,7 +37,8 @@ def run(settings: EvaluateSettings) -> rundir.Summary:
     weights = store.sha256(store.read_bytes(checkpoint)) if store.exists(checkpoint) else checkpoint
     guarded = {"model": settings.model, "weights": weights, "crop_border": settings.crop_border}
     with rundir.RunDirectory(settings.out, "evaluate", guarded) as directory:
-        todo = [(i, name) for i, name in enumerate(sets) if not store.exists(directory.path(f"{name}.json"))]
+        numbers = rundir.assign_parts(directory.uri, list(sets))
+        todo = [name for name in sets if numbers[name] not in directory.log.records]
         progress = Progress("evaluate", len(sets), "test sets", done=len(sets) - len(todo))
         if todo:
             connect()
@@ -47,8 +48,7 @@ def run(settings: EvaluateSettings) -> rundir.Summary:
                 crop_border=settings.crop_border,
             )  # fmt: skip
             task = ray.remote(num_cpus=1, num_gpus=1 if device == "cuda" else 0)(_evaluate)
-            for record in bounded(lambda t: task.remote(directory.uri, t[1], sets[t[1]], encoder, preprocess), todo):
-                numbers = rundir.assign_parts(directory.uri, [record["test"]])
+            for record in bounded(lambda name: task.remote(directory.uri, name, sets[name], encoder, preprocess), todo):
                 directory.log.append([{"part": numbers[record["test"]], **record}])
                 progress.advance(rows=record["kept"])
         progress.close()
@@ -176,6 +176,7 @@ def _classifier(settings: EncoderSettings, test_set: testsets.TestSet) -> Logits
             f"the classifier {path} has {num_classes} classes, {test_set.uri} names {len(test_set.class_names)}",
             hint="train it on a reference with the same classnames.txt",
         )
+    register_models()  # this process may be a fresh Ray worker
     model = Classifier(open_clip.create_model(settings.model).visual, dim, num_classes)
     model.load_state_dict(state)
     model = model.eval().to(settings.device)

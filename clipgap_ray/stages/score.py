@@ -74,6 +74,11 @@ def _add(
         raise ConfigError(f"{settings.out} already scores {sorted(repeated)}", hint="give the new test sets only")
     if before["pool"]["digest"] != pool.digest:
         raise DataError(f"{settings.out} scores another pool than {settings.pool}", hint="choose another --out")
+    if before["settings"]["keep"] != provenance["keep"]:  # rows of all test sets must be the same
+        raise DataError(
+            f"{settings.out} scores other rows: --keep was {before['keep']!r}, now {settings.keep!r}",
+            hint="give the same --keep, or choose another --out",
+        )
     name = "add-" + "-".join(tests.names)
     summary = _score_into(store.join(settings.out, name), provenance, pool, tests, keep, settings, tables=settings.out)
     after = rundir.read_manifest(store.join(settings.out, name), "score")

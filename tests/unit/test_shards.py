@@ -301,6 +301,14 @@ def test_uids_do_not_depend_on_where_the_pool_lies_or_how_it_is_written(tmp_path
     assert len(set(here)) == 2
 
 
+def test_uids_of_a_flat_folder_of_images_do_not_depend_on_where_it_lies(tmp_path: Path) -> None:
+    for place in ("here/set", "else/where/set"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "a.jpg").write_bytes(made.jpeg(0))
+    here, there = (read(list_shards(str(tmp_path / place))[0])[0][0] for place in ("here/set", "else/where/set"))
+    assert (here.key, here.uid) == (there.key, there.uid) == ("set/a.jpg", here.uid)
+
+
 # --- writing ---------------------------------------------------------------------------------------------
 
 

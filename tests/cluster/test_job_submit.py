@@ -1,0 +1,96 @@
+"""`ray job submit` for real: a local head of our own, the working directory uploaded, a stage run as a job."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from clipgap_ray.embeddings import EmbeddingSet
+from clipgap_ray.shards import write_tar
+
+ROOT = Path(__file__).resolve().parents[2]
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+START_DEADLINE_S = 120
+
+pytestmark = pytest.mark.cluster
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def head():
+    """A head on free ports with its own temp dir and token; ended by its own process id."""
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    gcs, dashboard = _free_port(), _free_port()
+    temp = tempfile.mkdtemp(prefix="cg-")
+    process = subprocess.Popen(
+        [
+            *RAY, "start", "--head", "--block", f"--port={gcs}", "--num-cpus=4", "--object-store-memory=200000000",
+            "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+            f"--temp-dir={temp}", "--dashboard-agent-listen-port=0", "--disable-usage-stats",
+        ],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{dashboard}"
+    deadline = time.monotonic() + START_DEADLINE_S
+    while subprocess.run([*RAY, "job", "list", "--address", address], env=environment, capture_output=True).returncode:
+        assert process.poll() is None, "ray start ended"
+        assert time.monotonic() < deadline, "the job server did not come up"
+    yield address, environment
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def _submit(head, *words):
+    address, environment = head
+    command = [*RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--", sys.executable, *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT)
+
+
+def test_a_submitted_embed_job_writes_embeddings_and_resubmitting_resumes(head, tmp_path):
+    from PIL import Image
+    import io
+    import numpy as np
+
+    (tmp_path / "pool").mkdir()
+    rng = np.random.default_rng(0)
+    for shard in range(2):
+        samples = []
+        for i in range(10):
+            buffer = io.BytesIO()
+            Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(buffer, "JPEG")
+            samples.append((f"{shard:05d}{i:04d}", {"jpg": buffer.getvalue(), "txt": b"a caption"}))
+        (tmp_path / "pool" / f"{shard:05d}.tar").write_bytes(write_tar(samples))
+    words = ["jobs/embed.py", str(tmp_path / "pool"), "--out", str(tmp_path / "emb"), "--model", "projection"]
+    first = _submit(head, *words)
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    assert EmbeddingSet.open(str(tmp_path / "emb")).num_rows == 20
+    again = _submit(head, *words)
+    assert again.returncode == 0
+    assert '"parts_skipped": 2' in again.stdout
+
+
+def test_a_failing_job_says_why_and_fails(head, tmp_path):
+    result = _submit(head, "jobs/embed.py", str(tmp_path / "gone"), "--out", str(tmp_path / "e"), "--model", "projection")
+    assert result.returncode == 1
+    assert "gone does not exist" in result.stdout + result.stderr

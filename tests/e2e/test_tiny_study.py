@@ -1,0 +1,126 @@
+"""The whole house on the tiny world: one command, a report, the planted truth, a second run in seconds, the service."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clipgap_ray import store
+from clipgap_ray.embeddings import EmbeddingSet
+
+ROOT = Path(__file__).resolve().parents[2]
+SECOND_RUN_S = 90  # finished stages only check themselves; most of it is Python importing torch on a busy machine
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+
+def _clipgap(*words):
+    environment = {**os.environ, "CLIPGAP_RAY_TMP": tempfile.mkdtemp(prefix="cg-")}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "-m", "clipgap_ray.cli", *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    out = tmp_path_factory.mktemp("study")
+    result = _clipgap("demo", "--fast", "--out", str(out))
+    assert result.returncode == 0, result.stderr[-4000:]
+    return out, json.loads(result.stdout)
+
+
+@pytest.mark.timeout(900)
+def test_the_report_is_there_and_stands_alone(study):
+    out, summary = study
+    page = (out / "report" / "index.html").read_text()
+    assert summary["report"] == str(out / "report" / "index.html")
+    assert 100_000 < len(page) < 20_000_000
+    assert "<img" in page or "<svg" in page
+    assert 'src="http' not in page
+    assert (out / "report" / "tables").is_dir()
+
+
+def test_the_reported_gap_equals_the_references(study):
+    _, summary = study
+    gap = next(f for f in summary["findings"] if f["finding"].startswith("gap-sketch: the gap"))
+    assert gap["holds"]
+    assert gap["numbers"] == {"test_points": 120, "above_tau": 0}
+
+
+def test_every_stage_reconciles(study):
+    out, _ = study
+    summaries = list(out.rglob("summary.json"))
+    assert len(summaries) >= 15
+    for path in summaries:
+        summary = json.loads(path.read_text())
+        assert summary["read"] == summary["kept"] + sum(summary["dropped"].values()), path
+
+
+def test_planted_exact_duplicates_are_exactly_those_dropped_by_sha256(study):
+    out, _ = study
+    truth = store.read_table(str(out / "world" / "truth.parquet")).to_pylist()
+    pool = EmbeddingSet.open(str(out / "embed" / "pool"))
+    key = {(row["shard"], row["image_path"]): row["row_id"] for row in pool.all_metadata().to_pylist()}
+    groups = {}
+    for row in truth:
+        if row["set"] == "pool" and row["duplicate_kind"] in ("source", "exact"):
+            groups.setdefault(row["duplicate_group"], []).append(key[row["shard"].removeprefix("pool/"), row["key"]])
+    planted = [members for members in groups.values() if len(members) > 1]
+    keep = {}
+    for path in sorted((out / "dedup" / "keep").iterdir()):
+        keep.update({row["row_id"]: row for row in store.read_table(str(path)).to_pylist()})
+    dropped = {row_id for row_id, row in keep.items() if row["reason"] == "sha256"}
+    # Leaks that show one test image twice are equal bytes, too, but no planted duplicates: none in this world.
+    assert len(dropped) == sum(len(members) - 1 for members in planted)
+    for members in planted:
+        assert sum(member not in dropped for member in members) == 1
+
+
+def test_planted_leaks_are_the_nearest_pool_rows_of_their_test_images(study):
+    out, _ = study
+    truth = store.read_table(str(out / "world" / "truth.parquet")).to_pylist()
+    pool = EmbeddingSet.open(str(out / "embed" / "pool")).all_metadata(["uid", "sha256"]).to_pylist()
+    bytes_of = {row["uid"]: row["sha256"] for row in pool}
+    found = 0
+    for row in truth:
+        if row["set"] != "pool" or row["leak_kind"] != "exact" or row["leak_of_set"] == "counteranimal":
+            continue
+        test = EmbeddingSet.open(str(out / "embed" / row["leak_of_set"])).all_metadata(["image_path", "sha256"])
+        position = test.column("image_path").to_pylist().index(row["leak_of_key"])
+        scores = store.read_table(str(out / "scores" / "queries" / f"{row['leak_of_set']}.parquet"))
+        nearest = scores.column("nearest_uid").to_pylist()[position]
+        assert bytes_of[nearest] == test.column("sha256").to_pylist()[position]
+        assert scores.column("similarity").to_pylist()[position] == pytest.approx(1.0, abs=2e-3)
+        found += 1
+    assert found >= 3
+
+
+def test_a_second_run_skips_everything(study):
+    out, _ = study
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.npy")}
+    started = time.monotonic()
+    result = _clipgap("demo", "--fast", "--out", str(out))
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert time.monotonic() - started < SECOND_RUN_S
+    embeddings = {path: mtime for path, mtime in before.items() if "embed" in path.parts}
+    assert embeddings
+    assert all(path.stat().st_mtime_ns == mtime for path, mtime in embeddings.items())
+    assert "ETA" not in result.stderr.replace("index", "")
+
+
+def test_the_index_answers_exactly(study):
+    out, _ = study
+    from clipgap_ray.index import LocalIndex
+
+    index = LocalIndex.open(str(out / "index"))
+    pool = EmbeddingSet.open(str(out / "embed" / "pool"))
+    rows = pool.all_images()
+    similarities, _ = index.search(rows[:5], 3)
+    exact = np.sort(rows[:5].astype(np.float64) @ rows.astype(np.float64).T, axis=1)[:, ::-1][:, :3]
+    np.testing.assert_allclose(similarities, exact, atol=1e-5)

@@ -1,0 +1,181 @@
+"""Embed through Ray: the bytes of the Ray-free twin, every planted fault in the ledger, resume, append, refuse."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clipgap_ray import rundir, schema, store
+from clipgap_ray.config.embed import EmbedSettings
+from clipgap_ray.embeddings import EmbeddingSet
+from clipgap_ray.errors import ConfigError, StaleOutputError
+from clipgap_ray.stages import embed
+from tests import made
+from tests.conftest import CLIP_SCORE_TOLERANCE, STORED_NORM_TOLERANCE
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+
+def settings(source: str, out: str, **more: object) -> EmbedSettings:
+    words = {"source": source, "out": out, "model": "projection", "batch_size": made.BATCH_SIZE}
+    return EmbedSettings(**{**words, **more})  # type: ignore[arg-type]
+
+
+@dataclass
+class Embedded:
+    pool: EmbeddingSet
+    summary: rundir.Summary
+    ledger: list[dict[str, object]]
+
+
+@pytest.fixture(scope="module")
+def embedded(ray_session: None, tiny_world: made.World, tmp_path_factory: pytest.TempPathFactory) -> Embedded:
+    out = str(tmp_path_factory.mktemp("stage") / "pool")
+    summary = embed.run(settings(tiny_world.path("pool"), out))
+    names = store.list_names(f"{out}/ledger")
+    ledger = [row for name in names for row in store.read_table(f"{out}/ledger/{name}").to_pylist()]
+    return Embedded(EmbeddingSet.open(out), summary, ledger)
+
+
+def test_files_equal_those_of_the_twin_without_ray(embedded: Embedded, tiny_embeddings: dict[str, str]) -> None:
+    for kind in ("img_emb", "text_emb", "metadata", "ledger"):
+        stage = made.files_below(f"{embedded.pool.uri}/{kind}")
+        assert stage == made.files_below(f"{tiny_embeddings['pool']}/{kind}")
+        assert len(stage) == 11
+    assert embedded.pool.digest == EmbeddingSet.open(tiny_embeddings["pool"]).digest
+
+
+def test_rows_follow_the_shards_and_are_described(embedded: Embedded, tiny_world: made.World) -> None:
+    pool = embedded.pool
+    for part in pool.parts:
+        meta = pool.metadata(part.number)
+        assert meta.schema == schema.METADATA
+        assert meta.column("row_id").to_pylist() == schema.row_ids(part.number, part.num_rows).tolist()
+        assert set(meta.column("shard").to_pylist()) <= {part.shard}
+        images, texts = np.asarray(pool.images(part.number)), np.asarray(pool.texts(part.number))
+        assert images.shape == texts.shape == (part.num_rows, pool.dim)
+        assert np.abs(np.linalg.norm(images.astype(np.float64), axis=1) - 1).max(initial=0) < STORED_NORM_TOLERANCE
+        scores = np.einsum("nd,nd->n", images.astype(np.float64), texts.astype(np.float64))
+        with open(tiny_world.path("pool", part.shard), "rb") as tar:
+            for i, row in enumerate(meta.to_pylist()):
+                tar.seek(row["image_offset"])
+                assert store.sha256(tar.read(row["image_bytes"])) == row["sha256"]
+                assert (row["caption"] is None) == (not texts[i].any()) == (row["clip_score"] is None)
+                if row["clip_score"] is not None:
+                    assert abs(row["clip_score"] - scores[i]) < CLIP_SCORE_TOLERANCE
+    order = [row["uid"] for row in tiny_world.of("pool") if row["fault"] not in (
+        "broken_image", "truncated_image", "truncated_shard", "empty_shard")]  # fmt: skip
+    assert pool.all_metadata(["uid"]).column("uid").to_pylist() == order
+
+
+def test_every_planted_fault_is_in_the_ledger_with_its_reason(embedded: Embedded, tiny_world: made.World) -> None:
+    found = {(row["shard"], row["key"], row["reason"], row["dropped"]) for row in embedded.ledger}
+    pool = embedded.pool.all_metadata(["uid"]).column("uid").to_pylist()
+    seen = set()
+    for row in tiny_world.of("pool"):
+        shard, key = row["shard"].removeprefix("pool/"), row["key"]
+        seen.add(row["fault"])
+        match row["fault"]:
+            case "broken_image" | "truncated_image":
+                assert (shard, key, "broken_image", True) in found
+            case "odd_suffix" | "missing_caption":
+                assert (shard, key, row["fault"], False) in found
+            case "repeated_key" | "doubled_key":
+                assert (shard, f"{key}#2", "repeated_key", False) in found
+            case "repeated_uid":
+                assert pool.count(row["uid"]) == 2
+            case "truncated_shard":
+                assert row["uid"] not in pool
+            case "empty_shard":
+                assert (shard, "", "empty_shard", False) in found
+    assert seen == {"", "broken_image", "truncated_image", "odd_suffix", "missing_caption", "repeated_key",
+                    "doubled_key", "repeated_uid", "truncated_shard", "empty_shard"}  # fmt: skip
+    assert [row["shard"] for row in embedded.ledger if row["reason"] == "truncated_shard"] == ["00009.tar"]
+
+
+def test_counts_reconcile_with_ledger_and_truth(embedded: Embedded, tiny_world: made.World) -> None:
+    summary = embedded.summary
+    dropped = Counter(row["reason"] for row in embedded.ledger if row["dropped"])
+    assert summary.dropped == dropped == {"broken_image": 2, "truncated_shard": 1}  # the cut went through one image
+    assert summary.notes == Counter(row["reason"] for row in embedded.ledger if not row["dropped"])
+    assert summary.read == summary.kept + sum(dropped.values())
+    assert summary.kept == embedded.pool.num_rows
+    faults = Counter(row["fault"] for row in tiny_world.of("pool"))
+    assert summary.kept == 600 - faults["truncated_shard"] - 2
+    assert summary.parts == 11
+
+
+def test_running_again_touches_no_part(embedded: Embedded, tiny_world: made.World) -> None:
+    out = embedded.pool.uri
+    folders = ("img_emb", "text_emb", "metadata", "ledger", "commits")
+    before = {name: made.stamps_below(f"{out}/{name}") for name in folders}
+    summary = embed.run(settings(tiny_world.path("pool"), out))
+    assert {name: made.stamps_below(f"{out}/{name}") for name in folders} == before
+    assert (summary.parts_skipped, summary.read, summary.kept) == (11, embedded.summary.read, embedded.summary.kept)
+
+
+def test_an_appended_shard_is_embedded_alone_and_takes_the_next_number(
+    tiny_world: made.World, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "pool", str(tmp_path / "emb")
+    source.mkdir()
+    for name in ("00000.tar", "00002.tar"):
+        shutil.copy(tiny_world.path("pool", name), source / name)
+    embed.run(settings(str(source), out))
+    before = made.stamps_below(f"{out}/img_emb")
+    shutil.copy(tiny_world.path("pool", "00001.tar"), source / "00001.tar")
+    summary = embed.run(settings(str(source), out))
+    assert (summary.parts, summary.parts_skipped) == (3, 2)
+    after = made.stamps_below(f"{out}/img_emb")
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {"img_emb_00002.npy"}
+    parts = {part.shard: part.number for part in EmbeddingSet.open(out).parts}
+    assert parts == {"00000.tar": 0, "00002.tar": 1, "00001.tar": 2}
+
+    with pytest.raises(StaleOutputError, match="batch_size was 16, now 32"):
+        embed.run(settings(str(source), out, batch_size=32))
+    assert made.stamps_below(f"{out}/img_emb") == after
+
+
+def test_a_sample_is_the_same_rows_at_any_share_and_marked(tiny_world: made.World, tmp_path: Path) -> None:
+    source = tiny_world.path("pool", "00000.tar")
+    uids = {}
+    for share in (0.2, 0.6):
+        out = str(tmp_path / str(share))
+        summary = embed.run(settings(source, out, sample=share, text=False))
+        uids[share] = set(EmbeddingSet.open(out).all_metadata(["uid"]).column("uid").to_pylist())
+        assert summary.dropped["not_sampled"] == summary.read - summary.kept - summary.dropped.get("broken_image", 0)
+        assert EmbeddingSet.open(out).manifest["partial"]["sample"] == share
+        assert not Path(out, "text_emb").exists()
+    assert uids[0.2] < uids[0.6]
+    assert 0 < len(uids[0.2]) < 30 < len(uids[0.6]) < 55
+
+
+def test_a_labelled_set_keeps_its_classes(tiny_world: made.World, tiny_embeddings: dict[str, str], tmp_path: Path) -> None:
+    out = str(tmp_path / "val")
+    embed.run(settings(tiny_world.path("tests/val"), out))
+    opened = EmbeddingSet.open(out)
+    assert opened.digest == EmbeddingSet.open(tiny_embeddings["val"]).digest
+    truth = {row["key"]: row for row in tiny_world.of("val")}
+    for row in opened.all_metadata().to_pylist():
+        assert (row["label"], row["class_name"]) == (truth[row["image_path"]]["label"], truth[row["image_path"]]["class_name"])
+        assert row["caption"] == f"a photo of a {row['class_name']}."
+    assert opened.manifest["class_names"][0] == truth[min(truth, key=lambda k: truth[k]["label"])]["class_name"]
+
+
+def test_impossible_settings_end_before_any_output(tiny_world: made.World, tmp_path: Path) -> None:
+    out = str(tmp_path / "emb")
+    for more, message in (
+        ({"model": "ViT-B-23", "pretrained": "x"}, "unknown model"),
+        ({"source": "/nowhere"}, "does not exist"),
+        ({"shards": "50:60"}, "selects none"),
+        ({"device": "cuda"}, "no node of the cluster has a GPU"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            embed.run(settings(**{"source": tiny_world.path("pool"), "out": out, **more}))  # type: ignore[arg-type]
+    assert not Path(out).exists()
