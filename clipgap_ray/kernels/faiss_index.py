@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import faiss
 import numpy as np
 
+from clipgap_ray.environment import require_one_faiss
 from clipgap_ray.errors import ConfigError
 from clipgap_ray.kernels.topk import merge_topk
 from clipgap_ray.kernels.vectors import error_bound, to_storage
 
+require_one_faiss()  # two wheels overwrite each other's files: better a clear error than a crash in C++
 _swig: Any = faiss  # what the package's type stubs do not know
 
 FLAT_BYTES = 1 << 28  # below 256 MB a full scan takes about 20 ms: nothing to gain from cells

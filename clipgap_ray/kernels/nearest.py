@@ -236,7 +236,7 @@ def nearest(
         order = np.argsort(ids, kind="stable")
         known = found.row_ids >= 0
         at = order[np.searchsorted(ids, found.row_ids[known], sorter=order)] if known.any() else order[:0]
-        exact = np.full(found.row_ids.shape, -np.inf)
+        exact: np.ndarray = np.full(found.row_ids.shape, -np.inf)
         exact[known] = exact_pairs(queries[np.nonzero(known)[0]], rows[at])
         if exact.shape[1] < len(rows):
             # Candidates all within the bound of the k-th may have crowded out a better row: look at every row.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import threading
 from typing import Any
 
@@ -164,9 +165,14 @@ def _fit(settings: TrainSettings, plan: Plan, directory: rundir.RunDirectory) ->
     done = threading.Event()
     follower = threading.Thread(target=_follow, args=(monitor, plan, done), daemon=True)
     follower.start()
+    before = signal.getsignal(signal.SIGINT)
     try:
         result = trainer.fit()
+    except SystemExit:  # Ray Train answers Ctrl-C with exit code 0: that would read as "complete"
+        raise KeyboardInterrupt from None
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)  # Ray Train leaves its own handler behind
         done.set()
         follower.join()
     if result.checkpoint is None:
