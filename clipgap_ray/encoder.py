@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,7 +76,8 @@ class Preprocess:
         except ImageError:
             raise
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise ImageError("broken_image", str(error)[:200]) from None
+            detail = re.sub(r" <.* at 0x[0-9a-f]+>", "", str(error))  # an address would differ from run to run
+            raise ImageError("broken_image", detail[:200]) from None
         return self.resize(picture)
 
     def resize(self, picture: Image.Image) -> np.ndarray:

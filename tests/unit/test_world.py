@@ -355,7 +355,8 @@ def test_shifted_sets_have_shifted_backgrounds(world: World) -> None:
     def habitual(name: str) -> float:
         return float(np.mean([row["background"] == classes.CLASSES[row["label"]].habitual for row in world.of(name)]))
 
-    assert habitual("val") > 0.5
+    # 1/6 by chance, 0.42 at the default correlation of 0.3
+    assert habitual("val") > 0.35
     assert habitual("a") == 0.0
     assert habitual("objectnet") < 0.35
     assert np.mean([row["background"] == "indoor" for row in world.of("objectnet")]) > 0.3

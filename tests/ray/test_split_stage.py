@@ -1,0 +1,183 @@
+"""Splits equal the definitions on every row, exactly, and their invariants hold (train_test_similarity.md 12.4)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clipgap_ray import schema, store
+from clipgap_ray.config.score import ScoreSettings
+from clipgap_ray.config.split import AnySplit, Core, Far, Full, GapMatch, Near, Random, Threshold
+from clipgap_ray.embeddings import EmbeddingSet
+from clipgap_ray.errors import ConfigError, DataError
+from clipgap_ray.stages import score, split
+from clipgap_ray.stages.keep import read_keep
+from tests import made, twins
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+
+class Truth:
+    """Exact m and margin per uid and test set, by brute force over the stored rows."""
+
+    def __init__(self, embeddings: dict[str, str]) -> None:
+        self.pool = EmbeddingSet.open(embeddings["pool"])
+        self.uids = self.pool.all_metadata(["uid"]).column("uid").to_pylist()
+        rows, reference = self.pool.all_images(), EmbeddingSet.open(embeddings["reference"]).all_images()
+        self.m: dict[str, dict[str, float]] = {}
+        self.margin: dict[str, dict[str, float]] = {}
+        for name in made.TESTS:
+            tests = EmbeddingSet.open(embeddings[name]).all_images()
+            tau = twins.similarities(tests, reference).max(axis=1)
+            m, margin = twins.pool_scores(rows, tests, tau)
+            self.m[name], self.margin[name] = self.per_uid(m), self.per_uid(margin)
+
+    def per_uid(self, values: np.ndarray) -> dict[str, float]:
+        """The largest value over the copies of a uid."""
+        result: dict[str, float] = {}
+        for uid, value in zip(self.uids, values.tolist(), strict=True):
+            result[uid] = max(value, result.get(uid, -np.inf))
+        return result
+
+    def most(self, column: str, tests: tuple[str, ...]) -> dict[str, float]:
+        return {uid: max(getattr(self, column)[t][uid] for t in tests) for uid in sorted(set(self.uids))}
+
+
+@pytest.fixture(scope="module")
+def truth(tiny_embeddings: dict[str, str]) -> Truth:
+    return Truth(tiny_embeddings)
+
+
+def cut(kind: type, scores: str, out: Path, **more: Any) -> set[str]:
+    """Cut a split, and return its uids after checking that file, bitmap and recipe agree."""
+    settings: AnySplit = kind(scores=scores, out=str(out), **more)
+    recipe = split.run(settings)
+    kept = schema.unpack_uids(store.read_array(str(out)))
+    assert kept == sorted(set(kept))
+    assert recipe == store.read_json(str(out).removesuffix(".npy") + ".recipe.json")
+    assert recipe["counts"]["kept"] == len(kept) == recipe["counts"]["pool"] - recipe["counts"]["removed"]
+    pool = EmbeddingSet.open(recipe["inputs"]["pool"]["uri"])
+    masks = read_keep(str(out), pool)
+    rows = [uid for part in pool.parts for uid, stays in zip(
+        pool.metadata(part.number, ["uid"]).column("uid").to_pylist(), masks[part.number], strict=True) if stays]  # fmt: skip
+    assert set(rows) == set(kept)
+    assert len(rows) == recipe["rows"]["kept"]
+    return set(kept)
+
+
+@pytest.mark.parametrize("tests", [("val",), ("sketch",), ("r",), ("val", "sketch", "r")], ids="+".join)
+@pytest.mark.parametrize("slack", [0.0, 0.02, -0.02])
+def test_gap_match_removes_exactly_what_is_closer_than_the_reference(
+    truth: Truth, tiny_scores: str, tmp_path: Path, tests: tuple[str, ...], slack: float
+) -> None:
+    margin = truth.most("margin", tests)
+    expected = {uid for uid, value in margin.items() if not value > slack}
+    assert cut(GapMatch, tiny_scores, tmp_path / "gap.npy", test=tests, slack=slack) == expected
+    assert 0 < len(expected) < len(margin)
+
+
+def test_a_cut_at_a_row_s_own_margin_is_decided_exactly(truth: Truth, tiny_scores: str, tmp_path: Path) -> None:
+    margin = truth.most("margin", ("val",))
+    for uid in sorted(margin)[:4]:
+        slack = margin[uid]
+        expected = {u for u, value in margin.items() if not value > slack}
+        assert uid in expected
+        assert cut(GapMatch, tiny_scores, tmp_path / "at.npy", test=("val",), slack=slack) == expected
+        below = float(np.nextafter(slack, -2))
+        assert uid not in cut(GapMatch, tiny_scores, tmp_path / "below.npy", test=("val",), slack=below)
+        assert store.read_json(str(tmp_path / "below.recipe.json"))["rescored"] >= 1
+
+
+@pytest.mark.parametrize("size", ["100", "0.25", "0", "1.0"])
+@pytest.mark.parametrize("tests", [("sketch",), ("val", "r")], ids="+".join)
+def test_near_and_far_equal_a_sort_by_exact_value_and_uid(
+    truth: Truth, tiny_scores: str, tmp_path: Path, tests: tuple[str, ...], size: str
+) -> None:
+    m = truth.most("m", tests)
+    order = sorted(m, key=lambda uid: (m[uid], uid))
+    keep = round(float(size) * len(m)) if "." in size else int(size)
+    assert cut(Near, tiny_scores, tmp_path / "near.npy", test=tests, size=size) == set(order[:keep])
+    assert cut(Far, tiny_scores, tmp_path / "far.npy", test=tests, size=size) == set(order[len(m) - keep :])
+    assert cut(Core, tiny_scores, tmp_path / "core.npy", test=tests, size=size) == set(order[len(m) - keep :])
+    rest = cut(Near, tiny_scores, tmp_path / "rest.npy", test=tests, size=str(len(m) - keep))
+    assert rest == set(order) - set(order[len(m) - keep :])  # near(N - n) and far(n) are complementary
+
+
+@pytest.mark.parametrize("at", [0, 200, 500])
+def test_threshold_removes_what_is_at_least_as_similar(truth: Truth, tiny_scores: str, tmp_path: Path, at: int) -> None:
+    m = truth.most("m", ("val", "r"))
+    value = sorted(m.values())[at]  # exactly a row's own value
+    kept = cut(Threshold, tiny_scores, tmp_path / "t.npy", test=("val", "r"), max_similarity=value)
+    assert kept == {uid for uid, s in m.items() if s < value}
+
+
+@pytest.mark.parametrize("policy", ["rank", "zscore"])
+def test_core_sets_of_other_policies_have_the_size_and_the_most_similar_row(
+    truth: Truth, tiny_scores: str, tmp_path: Path, policy: str
+) -> None:
+    kept = cut(Core, tiny_scores, tmp_path / "core.npy", test=("val", "sketch"), size="60", policy=policy)
+    assert len(kept) == 60
+    if policy == "rank":  # round-robin: the first 30 of both lists are in
+        for name in ("val", "sketch"):
+            m = truth.m[name]
+            top = sorted(m, key=lambda uid: -m[uid])
+            clear = [uid for uid in top[:20] if sum(abs(m[uid] - v) < 1e-5 for v in m.values()) == 1]
+            assert set(clear) <= kept
+            assert clear
+
+
+def test_random_is_uniform_over_uids_and_follows_its_seed(truth: Truth, tiny_scores: str, tmp_path: Path) -> None:
+    near = cut(Near, tiny_scores, tmp_path / "near.npy", test=("val",), size="123")
+    one = cut(Random, tiny_scores, tmp_path / "a.npy", size="123", seed=1)
+    assert len(one) == 123 == len(near)
+    assert one == cut(Random, tiny_scores, tmp_path / "b.npy", match=str(tmp_path / "near.npy"), seed=1)
+    other = cut(Random, tiny_scores, tmp_path / "c.npy", size="0.2", seed=2)
+    assert len(other) == round(0.2 * len(set(truth.uids)))
+    assert not other <= one
+    assert cut(Full, tiny_scores, tmp_path / "full.npy") == set(truth.uids)
+
+
+def test_invariants_of_gap_matching(truth: Truth, tiny_scores: str, tmp_path: Path) -> None:
+    single = {t: cut(GapMatch, tiny_scores, tmp_path / f"{t}.npy", test=(t,)) for t in made.TESTS}
+    combined = cut(GapMatch, tiny_scores, tmp_path / "all.npy", test=made.TESTS)
+    assert combined == set.intersection(*single.values())
+    everything = set(truth.uids)
+    assert len(everything - combined) <= sum(len(everything - kept) for kept in single.values())
+    kept = [cut(GapMatch, tiny_scores, tmp_path / "s.npy", test=("val",), slack=s) for s in (-0.05, 0.0, 0.01, 0.05, 1.0)]
+    for less, more in zip(kept, kept[1:], strict=False):
+        assert less <= more
+    assert kept[0] < kept[3]
+
+
+def test_copies_of_a_uid_stand_or_fall_together(
+    tiny_world: made.World, truth: Truth, tiny_scores: str, tmp_path: Path
+) -> None:
+    (uid,) = {row["uid"] for row in tiny_world.of("pool") if row["fault"] == "repeated_uid"}
+    assert truth.uids.count(uid) == 2
+    m = truth.most("m", ("val",))
+    rank = sorted(m, key=lambda u: (m[u], u)).index(uid)
+    cut(Near, tiny_scores, tmp_path / "out.npy", test=("val",), size=str(rank))
+    cut(Near, tiny_scores, tmp_path / "in.npy", test=("val",), size=str(rank + 1))
+    for name, stays in (("out", False), ("in", True)):
+        masks = read_keep(str(tmp_path / f"{name}.npy"), truth.pool)
+        rows = np.concatenate([masks[part.number] for part in truth.pool.parts])
+        assert rows[[i for i, u in enumerate(truth.uids) if u == uid]].tolist() == [stays, stays]
+
+
+def test_impossible_cuts_are_named(tiny_embeddings: dict[str, str], tiny_scores: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "a.npy")
+    with pytest.raises(ConfigError, match=r"no scores for \['imagenet'\]; it has \['r', 'sketch', 'val'\]"):
+        split.run(GapMatch(scores=tiny_scores, out=out, test=("imagenet",)))
+    with pytest.raises(ConfigError, match="of 5.. uids"):
+        split.run(Near(scores=tiny_scores, out=out, test=("val",), size="10000"))
+    with pytest.raises(DataError, match="expected the output of `clipgap score`"):
+        split.run(Full(scores=str(tmp_path), out=out))
+    words = made.score_words(tiny_embeddings, ("val",))
+    del words["reference"]
+    score.run(ScoreSettings(**words, out=str(tmp_path / "s")))
+    with pytest.raises(ConfigError, match=r"gap-match needs thresholds for \['val'\]"):
+        split.run(GapMatch(scores=str(tmp_path / "s"), out=out, test=("val",)))
+    assert not Path(out).exists()
