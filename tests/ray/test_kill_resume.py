@@ -1,0 +1,160 @@
+"""SIGKILL at the worst moment, run again, compare with a run that nobody disturbed (contract 6).
+
+The driver of embed, score and dedup kills itself between the files of its second part and that part's commit: one
+part is committed, one is written and must be written again, the rest is missing. The driver of train is killed from
+here once Ray Train has registered a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clipgap_ray import rundir
+from clipgap_ray.config.embed import EmbedSettings
+from clipgap_ray.config.score import DedupSettings, ScoreSettings
+from clipgap_ray.config.train import TrainSettings
+from clipgap_ray.stages import dedup, embed, score, train
+from tests import made
+from tests.conftest import RESUME_LOSS_TOLERANCE
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+DRIVER_LIMIT_S = 150.0
+
+DRIVER = """
+import importlib, json, os, signal, sys
+from clipgap_ray import rundir
+stage, settings, values, kill = sys.argv[1:]
+append, appended = rundir.CommitLog.append, []
+def die_before_the_second(log, records):
+    if appended and log.uri.startswith(json.loads(values)["out"] + "/commits"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    append(log, records)
+    appended.extend(records)
+if kill == "kill":
+    rundir.CommitLog.append = die_before_the_second
+module, name = settings.split(":")
+importlib.import_module(stage).run(getattr(importlib.import_module(module), name)(**json.loads(values)))
+"""
+
+
+def pids_with(word: str) -> list[int]:
+    """Processes whose command line names a directory."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if word.encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def until(condition: Callable[[], Any], what: str, limit_s: float = DRIVER_LIMIT_S) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"{what} did not happen within {limit_s} s")
+        time.sleep(0.01)  # between two looks, not instead of one
+
+
+@pytest.fixture
+def drive() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Start a stage's driver in a process and a Ray of its own."""
+    started: list[tuple[subprocess.Popen[bytes], str]] = []
+
+    def start(stage: Any, settings: Any, *, kill: bool = False) -> subprocess.Popen[bytes]:
+        folder = tempfile.mkdtemp(prefix="cg-kill-", dir="/tmp")
+        env = {**os.environ, "CLIPGAP_RAY_TMP": folder, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        env.pop("RAY_ADDRESS", None)
+        kind = f"{type(settings).__module__}:{type(settings).__name__}"
+        command = [sys.executable, "-c", DRIVER, stage.__name__, kind, settings.model_dump_json(), "kill" if kill else ""]
+        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        started.append((process, folder))
+        return process
+
+    yield start
+    for process, folder in started:
+        process.kill()
+        process.wait()
+        until(lambda folder=folder: not pids_with(folder), "the end of Ray's processes", 30)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def kill_then_resume(drive: Callable[..., subprocess.Popen[bytes]], stage: Any, settings: Any) -> int:
+    """Let the driver die before its second commit, then finish; returns the parts that the resumption found."""
+    dead = drive(stage, settings, kill=True)
+    _, stderr = dead.communicate(timeout=DRIVER_LIMIT_S)
+    assert dead.returncode == -signal.SIGKILL, stderr.decode()[-2000:]
+    assert len(rundir.CommitLog(settings.out).records) == 1
+    assert not Path(settings.out, "manifest.json").exists()
+    heir = drive(stage, settings)
+    _, stderr = heir.communicate(timeout=DRIVER_LIMIT_S)
+    assert heir.returncode == 0, stderr.decode()[-2000:]
+    return int(json.loads(Path(settings.out, "summary.json").read_text())["parts_skipped"])
+
+
+def test_embed(drive: Any, tiny_world: made.World, tiny_embeddings: dict[str, str], tmp_path: Path) -> None:
+    out = str(tmp_path / "emb")
+    settings = EmbedSettings(source=tiny_world.path("pool"), out=out, model="projection", batch_size=made.BATCH_SIZE)
+    assert kill_then_resume(drive, embed, settings) == 1
+    for kind in ("img_emb", "text_emb", "metadata", "ledger"):
+        assert made.files_below(f"{out}/{kind}") == made.files_below(f"{tiny_embeddings['pool']}/{kind}")
+    assert json.loads(Path(out, "summary.json").read_text())["parts"] == 11
+
+
+def test_score(drive: Any, tiny_embeddings: dict[str, str], tiny_scores: str, tmp_path: Path) -> None:
+    settings = ScoreSettings(**made.score_words(tiny_embeddings), out=str(tmp_path / "s"), group_bytes=1)
+    assert kill_then_resume(drive, score, settings) == 1
+    for kind in ("pool", "queries", "thresholds"):
+        assert made.files_below(str(tmp_path / "s" / kind)) == made.files_below(f"{tiny_scores}/{kind}")
+    manifests = [rundir.read_manifest(uri, "score")["digest"] for uri in (str(tmp_path / "s"), tiny_scores)]
+    assert manifests[0] == manifests[1]
+
+
+def test_dedup(drive: Any, tiny_embeddings: dict[str, str], tmp_path: Path) -> None:
+    words = {"pool": tiny_embeddings["pool"], "min_similarity": 0.97}
+    dedup.run(DedupSettings(**words, out=str(tmp_path / "whole")))
+    assert kill_then_resume(drive, dedup, DedupSettings(**words, out=str(tmp_path / "cut"))) == 1
+    assert made.files_below(str(tmp_path / "cut" / "keep")) == made.files_below(str(tmp_path / "whole" / "keep"))
+
+
+def test_train(drive: Any, tiny_world: made.World, tmp_path: Path) -> None:
+    words = {
+        "source": tiny_world.path("pool"), "model": "conv-64-test", "batch_size": 8, "workers": 2, "warmup": 2,
+        "num_samples": 16 * 60, "checkpoint_every": 4, "samples": str(tmp_path / "samples"),
+    }  # fmt: skip
+    whole, cut = (TrainSettings(**words, out=str(tmp_path / name)) for name in ("whole", "cut"))
+    train.run(whole)
+    dead = drive(train, cut)
+    snapshot = Path(cut.out, "train", "checkpoint_manager_snapshot.json")
+    until(lambda: dead.poll() is not None or (snapshot.exists() and '"checkpoint_' in snapshot.read_text()), "a checkpoint")
+    dead.kill()
+    assert dead.wait() == -signal.SIGKILL
+    assert not Path(cut.out, "manifest.json").exists()
+    heir = drive(train, cut)
+    _, stderr = heir.communicate(timeout=DRIVER_LIMIT_S)
+    assert heir.returncode == 0, stderr.decode()[-2000:]
+
+    def history(run: TrainSettings) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in Path(run.out, "metrics.jsonl").read_text().splitlines()]
+
+    expected, found = history(whole), history(cut)
+    assert [row["step"] for row in found] == [row["step"] for row in expected] == [10, 20, 30, 40, 50, 60]
+    for one, other in zip(expected, found, strict=True):
+        assert one["lr"] == other["lr"]
+        assert abs(one["loss"] - other["loss"]) <= RESUME_LOSS_TOLERANCE
+    assert len({row["loss"] for row in expected}) == 6

@@ -1,0 +1,134 @@
+"""Training on a virtual split: the checkpoint is open_clip's, the run is done once, impossible runs are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+
+from clipgap_ray import rundir, store
+from clipgap_ray.config.split import GapMatch
+from clipgap_ray.config.train import EvaluateSettings, TrainSettings
+from clipgap_ray.encoder import EncoderSettings, register_models
+from clipgap_ray.errors import ConfigError, DataError, StaleOutputError
+from clipgap_ray.stages import evaluate, samples, split, train
+from tests import made
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+TINY = {"model": "conv-64-test", "batch_size": 8, "workers": 2, "warmup": 2}
+
+
+@pytest.fixture(scope="module")
+def words(tiny_world: made.World, tiny_scores: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of one small run on a gap-matched split, with the reference mixed in."""
+    folder = tmp_path_factory.mktemp("train")
+    split.run(GapMatch(scores=tiny_scores, out=str(folder / "gap.npy"), test=("sketch",)))
+    return {**TINY, "source": tiny_world.path("pool"), "split": str(folder / "gap.npy"), "num_samples": 160,
+            "reference": tiny_world.path("reference"), "out": str(folder / "run"), "checkpoint_every": 5}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(words: dict[str, Any]) -> rundir.Summary:
+    return train.run(TrainSettings(**words))
+
+
+def test_counts_say_what_was_used_and_seen(trained: rundir.Summary, words: dict[str, Any], tiny_world: made.World) -> None:
+    recipe = store.read_json(words["split"].removesuffix(".npy") + ".recipe.json")
+    # broken images are in the index (their bytes are there) but in no embedding, so in no split
+    assert trained.kept <= recipe["rows"]["kept"] + len(tiny_world.of("reference"))
+    assert trained.kept >= recipe["rows"]["kept"] + len(tiny_world.of("reference")) - 1  # one has no caption
+    assert trained.dropped == {"not_in_split": trained.read - trained.kept}
+    assert (trained.extra["samples_seen"], trained.extra["steps"]) == (160, 10)
+    metrics = [json.loads(line) for line in Path(words["out"], "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["samples"]) for row in metrics] == [(10, 160)]
+    assert 0 < metrics[-1]["loss"] < 5
+
+
+def test_open_clip_loads_the_checkpoint_strictly(trained: rundir.Summary, words: dict[str, Any]) -> None:
+    register_models()
+    path = f"{words['out']}/checkpoint.pt"
+    model = open_clip.create_model("conv-64-test", pretrained=path)
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    assert set(state) == set(model.state_dict())
+    open_clip.create_model("conv-64-test").load_state_dict(state, strict=True)
+    fresh = EncoderSettings("conv-64-test", "random").build().model  # type: ignore[attr-defined]
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), fresh.parameters(), strict=True))
+    assert float(model.logit_scale.detach()) <= 4.6052
+    config = store.read_json(f"{words['out']}/conv-64-test.model.json")
+    assert config == open_clip.get_model_config("conv-64-test")
+
+
+def test_running_again_does_nothing_and_other_settings_are_refused(
+    trained: rundir.Summary, words: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "_fit", lambda *_: pytest.fail("trained again"))
+    before = made.stamps_below(f"{words['out']}/train")
+    again = train.run(TrainSettings(**words))
+    assert (again.kept, again.extra["loss"], again.parts_skipped) == (trained.kept, trained.extra["loss"], 1)
+    assert made.stamps_below(f"{words['out']}/train") == before
+    with pytest.raises(StaleOutputError, match=r"lr was 0\.001, now 0\.002"):
+        train.run(TrainSettings(**words, lr=0.002))
+
+
+def test_evaluate_runs_on_the_run_directory(
+    trained: rundir.Summary, words: dict[str, Any], tiny_world: made.World, tmp_path: Path
+) -> None:
+    settings = EvaluateSettings(
+        model="conv-64-test", pretrained=words["out"], test=(f"val={tiny_world.path('tests/val')}",), out=str(tmp_path / "e")
+    )
+    assert evaluate.run(settings).kept == 48
+
+
+def test_a_supervised_run_is_evaluated_by_its_head(tiny_world: made.World, tmp_path: Path) -> None:
+    reference = tiny_world.path("reference")
+    run = str(tmp_path / "run")
+    summary = train.run(
+        TrainSettings(**TINY, source=reference, out=run, objective="supervised", num_samples=64, seed=3)
+    )
+    assert (summary.kept, summary.extra["steps"]) == (120, 4)
+    state = torch.load(f"{run}/checkpoint.pt", map_location="cpu", weights_only=True)["state_dict"]
+    classes = len(tiny_world.root.joinpath("reference", "classnames.txt").read_text().splitlines())
+    assert state["head.weight"].shape[0] == classes
+    out = str(tmp_path / "e")
+    result = evaluate.run(
+        EvaluateSettings(model="conv-64-test", pretrained=run, test=(f"val={tiny_world.path('tests/val')}",), out=out)
+    )
+    assert result.kept == 48
+    # a head over another number of classes is refused
+    (tmp_path / "two" / "test").mkdir(parents=True)
+    (tmp_path / "two" / "classnames.txt").write_text("a\nb\n")
+    (tmp_path / "two" / "test" / "0.tar").write_bytes(made.tar([("a.cls", b"0"), ("a.jpg", made.jpeg(0))]))
+    with pytest.raises(DataError, match=f"has {classes} classes, .* names 2"):
+        evaluate.run(EvaluateSettings(model="conv-64-test", pretrained=run, test=(f"two={tmp_path}/two",), out=out))
+
+
+def test_impossible_runs_are_refused(
+    words: dict[str, Any], tiny_world: made.World, tiny_scores: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "_fit", lambda *_: pytest.fail("trained"))
+    index = str(tmp_path / "samples")
+
+    def run(**more: Any) -> None:
+        base = {**TINY, "source": tiny_world.path("pool"), "out": str(tmp_path / "run" / str(len(more))), "samples": index}
+        train.run(TrainSettings(**{**base, **more}))
+
+    with pytest.raises(ConfigError, match="--objective supervised needs labels"):
+        run(objective="supervised")
+    with pytest.raises(DataError, match="none of its .* uids is in .*coverage 0 %"):
+        run(split=words["split"], source=tiny_world.path("reference"), samples=str(tmp_path / "other"))
+    with pytest.raises(ConfigError, match="less than one step of 2 workers x 8"):
+        run(num_samples=15, seed=1, lr=0.5)
+    with pytest.raises(ConfigError, match="unknown model 'conv-65-test'; nearest names: conv-64-test"):
+        run(model="conv-65-test", seed=1, lr=0.5, wd=0.1)
+
+
+def test_the_index_is_shared_and_appends(tiny_world: made.World, tmp_path: Path) -> None:
+    first = samples.index(tiny_world.path("pool"), str(tmp_path))
+    before = made.stamps_below(str(tmp_path / "samples"))
+    assert samples.index(tiny_world.path("pool"), str(tmp_path)) == first
+    assert made.stamps_below(str(tmp_path / "samples")) == before
+    assert first.parts == tuple(range(11))
