@@ -65,9 +65,9 @@ SPLITS = {
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for name in ("httpx", "open_clip", "fsspec", "numba", "matplotlib"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # Other people's libraries log through the root logger (open_clip narrates every model it builds).
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("clipgap").setLevel(logging.INFO)
     try:
         return _dispatch(words)
     except ClipgapError as error:
