@@ -82,7 +82,12 @@ def test_rules_equal_brute_force_in_uid_order(
     by_uid = {row["row_id"]: row for row in rows}
     for row in rows:
         if row["keep"]:
-            assert (row["kept_uid"], row["group"], row["reason"], row["similarity"]) == (row["uid"], row["row_id"], "", None)
+            assert (row["kept_uid"], row["group"], row["reason"], row["similarity"]) == (
+                row["uid"],
+                row["row_id"],
+                "",
+                None,
+            )
         else:
             assert by_uid[row["group"]]["keep"]
             assert by_uid[row["group"]]["uid"] == row["kept_uid"]
@@ -91,7 +96,9 @@ def test_rules_equal_brute_force_in_uid_order(
 def test_near_copies_that_were_planted_stand_for_each_other(
     tiny_world: made.World, tiny_embeddings: dict[str, str], tmp_path: Path
 ) -> None:
-    rows = {row["uid"]: row for row in run(tiny_embeddings["pool"], tmp_path / "d", min_similarity=0.9, rule="components")}
+    rows = {
+        row["uid"]: row for row in run(tiny_embeddings["pool"], tmp_path / "d", min_similarity=0.9, rule="components")
+    }
     truth = {row["uid"]: row for row in tiny_world.of("pool") if row["fault"] == ""}
     source = {row["duplicate_group"]: uid for uid, row in truth.items() if row["duplicate_kind"] == "source"}
     reencoded = [uid for uid, row in truth.items() if row["duplicate_kind"] == "reencode" and uid in rows
@@ -107,5 +114,5 @@ def test_running_again_does_nothing_and_other_settings_are_refused(
     before = made.stamps_below(str(tmp_path / "d" / "keep"))
     run(tiny_embeddings["pool"], tmp_path / "d", min_similarity=THRESHOLD)
     assert made.stamps_below(str(tmp_path / "d" / "keep")) == before
-    with pytest.raises(StaleOutputError, match="min_similarity was 0.97, now 0.9"):
+    with pytest.raises(StaleOutputError, match=r"min_similarity was 0\.97, now 0\.9"):
         run(tiny_embeddings["pool"], tmp_path / "d", min_similarity=0.9)

@@ -119,9 +119,7 @@ def test_running_again_touches_no_part(embedded: Embedded, tiny_world: made.Worl
     assert (summary.parts_skipped, summary.read, summary.kept) == (11, embedded.summary.read, embedded.summary.kept)
 
 
-def test_an_appended_shard_is_embedded_alone_and_takes_the_next_number(
-    tiny_world: made.World, tmp_path: Path
-) -> None:
+def test_an_appended_shard_is_embedded_alone_and_takes_the_next_number(tiny_world: made.World, tmp_path: Path) -> None:
     source, out = tmp_path / "pool", str(tmp_path / "emb")
     source.mkdir()
     for name in ("00000.tar", "00002.tar"):
@@ -156,14 +154,19 @@ def test_a_sample_is_the_same_rows_at_any_share_and_marked(tiny_world: made.Worl
     assert 0 < len(uids[0.2]) < 30 < len(uids[0.6]) < 55
 
 
-def test_a_labelled_set_keeps_its_classes(tiny_world: made.World, tiny_embeddings: dict[str, str], tmp_path: Path) -> None:
+def test_a_labelled_set_keeps_its_classes(
+    tiny_world: made.World, tiny_embeddings: dict[str, str], tmp_path: Path
+) -> None:
     out = str(tmp_path / "val")
     embed.run(settings(tiny_world.path("tests/val"), out))
     opened = EmbeddingSet.open(out)
     assert opened.digest == EmbeddingSet.open(tiny_embeddings["val"]).digest
     truth = {row["key"]: row for row in tiny_world.of("val")}
     for row in opened.all_metadata().to_pylist():
-        assert (row["label"], row["class_name"]) == (truth[row["image_path"]]["label"], truth[row["image_path"]]["class_name"])
+        assert (row["label"], row["class_name"]) == (
+            truth[row["image_path"]]["label"],
+            truth[row["image_path"]]["class_name"],
+        )
         assert row["caption"] == f"a photo of a {row['class_name']}."
     assert opened.manifest["class_names"][0] == truth[min(truth, key=lambda k: truth[k]["label"])]["class_name"]
 

@@ -20,7 +20,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 
 def settings(world: made.World, out: Path, *tests: str, **more: object) -> EvaluateSettings:
-    words = tuple(f"{name}={world.path('tests', name) if name != 'counter' else world.path('counteranimal')}" for name in tests)
+    words = tuple(
+        f"{name}={world.path('tests', name) if name != 'counter' else world.path('counteranimal')}" for name in tests
+    )
     base = {"model": "conv-64-test", "pretrained": "random", "test": words, "out": str(out), "batch_size": 16}
     return EvaluateSettings(**{**base, **more})  # type: ignore[arg-type]
 

@@ -70,5 +70,5 @@ def test_a_split_of_another_pool_is_refused(
     settings = GapsSettings(
         pool=tiny_embeddings["reference"], scores=tiny_scores, split=(cuts[0],), out=str(tmp_path / "g")
     )
-    with pytest.raises(DataError, match="cut from another pool than .*: coverage 0 %"):
+    with pytest.raises(DataError, match=r"cut from another pool than .*: coverage 0 %"):
         gaps.run(settings)

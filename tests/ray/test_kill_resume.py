@@ -81,7 +81,15 @@ def drive() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
         env = {**os.environ, "CLIPGAP_RAY_TMP": folder, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         env.pop("RAY_ADDRESS", None)
         kind = f"{type(settings).__module__}:{type(settings).__name__}"
-        command = [sys.executable, "-c", DRIVER, stage.__name__, kind, settings.model_dump_json(), "kill" if kill else ""]
+        command = [
+            sys.executable,
+            "-c",
+            DRIVER,
+            stage.__name__,
+            kind,
+            settings.model_dump_json(),
+            "kill" if kill else "",
+        ]
         process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         started.append((process, folder))
         return process
@@ -135,13 +143,16 @@ def test_dedup(drive: Any, tiny_embeddings: dict[str, str], tmp_path: Path) -> N
 def test_train(drive: Any, tiny_world: made.World, tmp_path: Path) -> None:
     words = {
         "source": tiny_world.path("pool"), "model": "conv-64-test", "batch_size": 8, "workers": 2, "warmup": 2,
-        "num_samples": 16 * 60, "checkpoint_every": 4, "samples": str(tmp_path / "samples"),
+        "num_samples": 16 * 40, "checkpoint_every": 4, "samples": str(tmp_path / "samples"),
     }  # fmt: skip
     whole, cut = (TrainSettings(**words, out=str(tmp_path / name)) for name in ("whole", "cut"))
     train.run(whole)
     dead = drive(train, cut)
     snapshot = Path(cut.out, "train", "checkpoint_manager_snapshot.json")
-    until(lambda: dead.poll() is not None or (snapshot.exists() and '"checkpoint_' in snapshot.read_text()), "a checkpoint")
+    until(
+        lambda: dead.poll() is not None or (snapshot.exists() and '"checkpoint_' in snapshot.read_text()),
+        "a checkpoint",
+    )
     dead.kill()
     assert dead.wait() == -signal.SIGKILL
     assert not Path(cut.out, "manifest.json").exists()
@@ -153,8 +164,8 @@ def test_train(drive: Any, tiny_world: made.World, tmp_path: Path) -> None:
         return [json.loads(line) for line in Path(run.out, "metrics.jsonl").read_text().splitlines()]
 
     expected, found = history(whole), history(cut)
-    assert [row["step"] for row in found] == [row["step"] for row in expected] == [10, 20, 30, 40, 50, 60]
+    assert [row["step"] for row in found] == [row["step"] for row in expected] == [10, 20, 30, 40]
     for one, other in zip(expected, found, strict=True):
         assert one["lr"] == other["lr"]
         assert abs(one["loss"] - other["loss"]) <= RESUME_LOSS_TOLERANCE
-    assert len({row["loss"] for row in expected}) == 6
+    assert len({row["loss"] for row in expected}) == 4

@@ -121,9 +121,7 @@ def test_adding_with_another_keep_is_refused(tiny_embeddings: dict[str, str], tm
         run(made.score_words(tiny_embeddings, ("r",)), tmp_path / "s", add=True)
 
 
-def test_thresholds_of_one_run_serve_another(
-    tiny_embeddings: dict[str, str], tiny_scores: str, tmp_path: Path
-) -> None:
+def test_thresholds_of_one_run_serve_another(tiny_embeddings: dict[str, str], tiny_scores: str, tmp_path: Path) -> None:
     words = made.score_words(tiny_embeddings, ("val", "sketch"))
     del words["reference"]
     files = tuple(f"{name}={tiny_scores}/thresholds/{name}.parquet" for name in ("val", "sketch"))

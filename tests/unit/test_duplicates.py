@@ -55,7 +55,9 @@ def test_a_pair_exactly_at_the_threshold_is_a_duplicate_and_one_step_below_is_no
 def test_the_chain_of_three_has_three_known_answers() -> None:
     """a ~ b ~ c, a and c apart (train_test_similarity.md 2.3)."""
     first, second, similarity = np.array([0, 1]), np.array([1, 2]), np.array([0.9, 0.9])
-    answers = {rule: duplicates.resolve(3, first, second, similarity, rule) for rule in ("semdedup", "greedy", "components")}  # fmt: skip
+    answers = {
+        rule: duplicates.resolve(3, first, second, similarity, rule) for rule in ("semdedup", "greedy", "components")
+    }
     assert answers["semdedup"][0].tolist() == [True, False, False]
     assert answers["semdedup"][1].tolist() == [0, 0, 1]
     assert answers["greedy"][0].tolist() == [True, False, True]
@@ -66,7 +68,9 @@ def test_the_chain_of_three_has_three_known_answers() -> None:
 
 def test_six_in_a_row_keep_one_and_three_as_the_released_code_does() -> None:
     first = np.arange(5)
-    keeps = {rule: duplicates.resolve(6, first, first + 1, np.full(5, 0.9), rule)[0].sum() for rule in ("semdedup", "greedy")}  # fmt: skip
+    keeps = {
+        rule: duplicates.resolve(6, first, first + 1, np.full(5, 0.9), rule)[0].sum() for rule in ("semdedup", "greedy")
+    }
     assert keeps == {"semdedup": 1, "greedy": 3}
 
 

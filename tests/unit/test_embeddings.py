@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,11 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     parts = [unit_rows(7, 0), unit_rows(0, 1), unit_rows(3, 2)]
     opened = EmbeddingSet.open(write_embeddings(tmp_path / "emb", parts))
     assert (opened.num_rows, opened.dim) == (10, DIM)
-    assert [(p.number, p.num_rows, p.shard) for p in opened.parts] == [(0, 7, "00000.tar"), (1, 0, "00001.tar"), (2, 3, "00002.tar")]  # fmt: skip
+    assert [(p.number, p.num_rows, p.shard) for p in opened.parts] == [
+        (0, 7, "00000.tar"),
+        (1, 0, "00001.tar"),
+        (2, 3, "00002.tar"),
+    ]
     for number, rows in enumerate(parts):
         assert np.array_equal(opened.images(number), rows)
         assert opened.images(number).dtype == np.float16
@@ -36,12 +41,23 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
 
 def test_the_layout_is_clip_retrieval_s(tmp_path: Path) -> None:
     write_embeddings(tmp_path, [unit_rows(2, 0)])
-    for name in ("img_emb/img_emb_00000.npy", "text_emb/text_emb_00000.npy", "metadata/metadata_00000.parquet", "ledger/ledger_00000.parquet", "manifest.json"):  # fmt: skip
+    for name in (
+        "img_emb/img_emb_00000.npy",
+        "text_emb/text_emb_00000.npy",
+        "metadata/metadata_00000.parquet",
+        "ledger/ledger_00000.parquet",
+        "manifest.json",
+    ):
         assert (tmp_path / name).is_file(), name
 
 
 def test_the_record_counts_what_the_ledger_says(tmp_path: Path) -> None:
-    ledger = [("a", "broken_image", True), ("b", "broken_image", True), ("c", "no_image", True), ("d", "odd_suffix", False)]
+    ledger = [
+        ("a", "broken_image", True),
+        ("b", "broken_image", True),
+        ("c", "no_image", True),
+        ("d", "odd_suffix", False),
+    ]
     table = pa.Table.from_pylist(
         [{"shard": "s", "key": k, "reason": r, "detail": "", "dropped": d} for k, r, d in ledger], schema=schema.LEDGER
     )
@@ -82,7 +98,7 @@ def test_groups_are_neighbouring_parts_within_the_limit(counts: list[int], max_b
     assert all(groups)
     for group in groups:
         assert len(group) == 1 or sum(p.num_rows for p in group) * 16 <= max_bytes
-    for group, following in zip(groups, groups[1:], strict=False):  # and no smaller than they must be
+    for group, following in itertools.pairwise(groups):  # and no smaller than they must be
         assert (sum(p.num_rows for p in group) + following[0].num_rows) * 16 > max_bytes
 
 

@@ -100,7 +100,9 @@ def test_an_image_s_bits_do_not_depend_on_its_neighbours(clip: ClipEncoder, neig
 
 def test_rows_are_open_clip_s_own_features(clip: ClipEncoder) -> None:
     images = pixels(3)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    mean, std = (
+        torch.tensor(v).view(1, 3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    )
     with torch.inference_mode():
         tensor = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
         expected = torch.nn.functional.normalize(clip.model.encode_image(tensor), dim=-1).numpy()
@@ -138,7 +140,11 @@ def test_the_fingerprint_knows_weights_batch_size_and_threads(clip: ClipEncoder)
     ("model", "pretrained", "words"),
     [
         ("ViT-B-32", "laion400m_e32", ["quick_gelu=True", "model ViT-B-32 has False", "--model ViT-B-32-quickgelu"]),
-        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", ["is neither a file nor a tag of ViT-B-32-quickgelu", "laion400m_e32"]),
+        (
+            "ViT-B-32-quickgelu",
+            "laion2b_s34b_b79k",
+            ["is neither a file nor a tag of ViT-B-32-quickgelu", "laion400m_e32"],
+        ),
         ("ViT-B-23", "openai", ["unknown model 'ViT-B-23'", "ViT-B-32"]),
         ("ViT-B-32", "laion400m_e99", ["'laion400m_e99' is neither a file nor a tag", "laion2b_s34b_b79k"]),
         ("conv-64-test", "openai", ["is neither a file nor a tag of conv-64-test", "tags: none"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -127,7 +129,7 @@ def test_merging_parts_in_any_tree_equals_one_pass(seed: int, cuts: list[int], k
     rows, ids = made.sign_rows(30, DIM, seed), shuffled_ids(30, seed)
     queries, _, _ = stacked([4], made.sign_rows, seed)
     bounds = [0, *sorted(cuts), 30]
-    pieces = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces = [slice(a, b) for a, b in itertools.pairwise(bounds)]
     parts = [nearest.score(rows[piece], ids[piece], queries, k)[1] for piece in pieces]
     _, whole = nearest.score(rows, ids, queries, k)
     left = nearest.empty(4, k)

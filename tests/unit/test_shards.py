@@ -97,7 +97,9 @@ def check_cut(tmp_path: Path, cut: int) -> None:
     assert [s.uid for s in samples[:whole]] == [f"{n:032x}" for n in range(whole)]
     assert [s.image for s in samples] == [made.jpeg(n) for n in range(len(samples))]
     assert len(samples) + sum(s.is_sample for s in skips) in (whole, whole + 1)
-    assert [s.reason for s in skips] == ([] if cut >= len(data.rstrip(b"\0")) + 1024 else ["truncated_shard"] * len(skips))
+    assert [s.reason for s in skips] == (
+        [] if cut >= len(data.rstrip(b"\0")) + 1024 else ["truncated_shard"] * len(skips)
+    )
 
 
 @given(cut=st.integers(0, len(six_samples()[0])))
@@ -207,7 +209,9 @@ def test_labels_are_integers_or_a_reason(tmp_path: Path) -> None:
     assert "txt" in skips[1].detail
 
 
-@pytest.mark.parametrize(("content", "reason"), [(made.tar([]), "empty_shard"), (b"", "truncated_shard"), (b"x" * 700, "truncated_shard")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "reason"), [(made.tar([]), "empty_shard"), (b"", "truncated_shard"), (b"x" * 700, "truncated_shard")]
+)
 def test_shards_without_samples_say_so(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "0.tar").write_bytes(content)
     samples, skips = read(Shard(str(tmp_path / "0.tar"), "0.tar", "tar"))
@@ -225,7 +229,7 @@ def test_a_missing_tar_is_an_error(tmp_path: Path) -> None:
 
 def test_parquet_with_image_bytes(tmp_path: Path) -> None:
     table = {
-        "image": [{"bytes": made.jpeg(0), "path": "x"}, {"bytes": None, "path": "y"}, {"bytes": made.jpeg(2), "path": ""}],
+        "image": [{"bytes": made.jpeg(0), "path": "x"}, {"bytes": None, "path": "y"}, {"bytes": made.jpeg(2), "path": ""}],  # noqa: E501
         "caption": ["one", "two", None],
         "uid": ["A" * 32, None, "not a uid"],
         "label": [4, 5, None],
@@ -244,13 +248,22 @@ def test_parquet_without_images_names_its_columns(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no column of images: columns are \['url', 'image'\]"):
         read(Shard(str(tmp_path / "0.parquet"), "0.parquet", "parquet"))
     (tmp_path / "1.parquet").write_bytes(b"PAR1 cut")
-    assert [s.reason for s in read(Shard(str(tmp_path / "1.parquet"), "1.parquet", "parquet"))[1]] == ["truncated_shard"]
+    assert [s.reason for s in read(Shard(str(tmp_path / "1.parquet"), "1.parquet", "parquet"))[1]] == [
+        "truncated_shard"
+    ]
 
 
 def test_folders_of_images_with_captions_beside(tmp_path: Path) -> None:
     folder = tmp_path / "set" / "cat"
     folder.mkdir(parents=True)
-    for name, data in {"a.jpg": made.jpeg(0), "a.png": made.jpeg(1), "b.JPEG": made.jpeg(2), "a.txt": b"two share it", "c.png": b"", "x.md": b""}.items():  # fmt: skip
+    for name, data in {
+        "a.jpg": made.jpeg(0),
+        "a.png": made.jpeg(1),
+        "b.JPEG": made.jpeg(2),
+        "a.txt": b"two share it",
+        "c.png": b"",
+        "x.md": b"",
+    }.items():
         (folder / name).write_bytes(data)
     (shard,) = list_shards(str(tmp_path / "set"))
     samples, skips = read(shard)

@@ -92,7 +92,7 @@ def test_an_empty_directory_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "expanded"),
-    [("a", ["a"]), ("{08..11}", ["08", "09", "10", "11"]), ("{0..2}x", ["0x", "1x", "2x"]), ("{a,b}{1..2}", ["a1", "a2", "b1", "b2"]),
+    [("a", ["a"]), ("{08..11}", ["08", "09", "10", "11"]), ("{0..2}x", ["0x", "1x", "2x"]), ("{a,b}{1..2}", ["a1", "a2", "b1", "b2"]),  # noqa: E501
      ("{000..001}/{0,1}", ["000/0", "000/1", "001/0", "001/1"])],
 )  # fmt: skip
 def test_braces_keep_their_width(pattern: str, expanded: list[str]) -> None:

@@ -28,7 +28,11 @@ def write(root: Path, files: dict[str, bytes | str]) -> str:
 
 def wds_tar(*labels: str, start: int = 0) -> bytes:
     return made.tar(
-        [m for n, label in enumerate(labels, start) for m in ((f"s{n}.cls", label.encode()), (f"s{n}.jpg", made.jpeg(n)))]
+        [
+            m
+            for n, label in enumerate(labels, start)
+            for m in ((f"s{n}.cls", label.encode()), (f"s{n}.jpg", made.jpeg(n)))
+        ]
     )
 
 
@@ -66,7 +70,7 @@ def test_labels_out_of_range_are_skipped_with_a_reason(tmp_path: Path) -> None:
         ({"0 cat/common-snow/a.jpg": made.jpeg(0)}, "imagenet_names.txt"),
         ({"0 cat/a.jpg": made.jpeg(0), "imagenet_names.txt": "0\tcat"}, "none of common-<background>"),
         ({"readme.md": "x"}, "is no test set"),
-        ({"classnames.txt": "a\n", "test/0.tar": wds_tar("0"), "zeroshot_classification_templates.txt": "a photo"}, "has no {c}"),
+        ({"classnames.txt": "a\n", "test/0.tar": wds_tar("0"), "zeroshot_classification_templates.txt": "a photo"}, "has no {c}"),  # noqa: E501
     ],
 )  # fmt: skip
 def test_what_is_missing_is_named(tmp_path: Path, files: dict[str, bytes | str], message: str) -> None:
