@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from clipgap_ray import store
@@ -48,7 +48,21 @@ def list_shards(source: str) -> list[Shard]:
                 hint="check the path; patterns look like 'pool/{00000..00099}.tar'",
             )
         shards.extend(found)
-    return shards
+    return _distinct(shards)
+
+
+def _distinct(shards: list[Shard]) -> list[Shard]:
+    """Give shards of several sources distinct names; the first keeps its own, so that appending renames nothing."""
+    taken: set[str] = set()
+    result = []
+    for shard in shards:
+        name, count = shard.name, 1
+        while name in taken:
+            name = f"{shard.source}{f'#{count}' if count > 1 else ''}/{shard.name}"
+            count += 1
+        taken.add(name)
+        result.append(replace(shard, name=name))
+    return result
 
 
 def _list_one(item: str) -> Iterator[Shard]:

@@ -3,7 +3,7 @@
 * CLIP_benchmark's `wds`: `classnames.txt`, templates, `{test,train}/*.tar` with image + `cls`.
 * CounterAnimal's tree: `imagenet_names.txt`, `<idx> <name>/(common|counter)-<background>/*`.
 * A tree of images: `<class name>/*`.
-* A manifest: csv or parquet with `path, class_name` and optionally `label, group`.
+* A manifest: csv or parquet with `path, class_name` and optionally `group`.
 
 Embedding and evaluation both read through here, so that uids and row order agree (design 5.3).
 """

@@ -17,7 +17,7 @@ import ray
 from clipgap_ray import rundir, schema, store, testsets
 from clipgap_ray.config.train import EvaluateSettings
 from clipgap_ray.encoder import EncoderSettings, ImageError, Preprocess, check, register_models, resolve_checkpoint
-from clipgap_ray.errors import DataError
+from clipgap_ray.errors import DataError, StaleOutputError
 from clipgap_ray.kernels import zero_shot
 from clipgap_ray.shards import Sample, Skip
 from clipgap_ray.stages.session import Progress, bounded, connect, resolve_device
@@ -38,6 +38,13 @@ def run(settings: EvaluateSettings) -> rundir.Summary:
     guarded = {"model": settings.model, "weights": weights, "crop_border": settings.crop_border}
     with rundir.RunDirectory(settings.out, "evaluate", guarded) as directory:
         numbers = rundir.assign_parts(directory.uri, list(sets))
+        for name, number in numbers.items():
+            before = directory.log.records.get(number, {}).get("uri", named[name])
+            if before != named[name]:
+                raise StaleOutputError(
+                    f"{settings.out} holds test set {name} from {before}, now it is {named[name]}",
+                    hint="choose another --out or another name",
+                )
         todo = [name for name in sets if numbers[name] not in directory.log.records]
         progress = Progress("evaluate", len(sets), "test sets", done=len(sets) - len(todo))
         if todo:
@@ -117,7 +124,15 @@ def _evaluate(
     store.write_json(store.join(uri, f"{name}.json"), result)
     read = len(rows) + sum(dropped.values())
     files = {"predictions": store.sha256(data)}
-    return {"test": name, "read": read, "kept": len(rows), "dropped": dropped, "files": files, "metrics": metrics}
+    return {
+        "test": name,
+        "uri": test_set.uri,
+        "read": read,
+        "kept": len(rows),
+        "dropped": dropped,
+        "files": files,
+        "metrics": metrics,
+    }
 
 
 def _decoded(

@@ -3,7 +3,7 @@
     SCORES/pool/<test>/part-00000.parquet   schema.POOL_SCORES, kept rows of the part
     SCORES/queries/<test>.parquet           schema.QUERY_SCORES
     SCORES/thresholds/<test>.parquet        schema.THRESHOLDS, readable by `--thresholds`
-    SCORES/partial/group-<n>.npz            query side of one group of parts; merged at the end, then removed
+    SCORES/partial/group-<n>.npz            query side of one group of parts, merged at the end
 
 Test rows go to the object store once. A task reads a group of neighbouring parts, so that the query side is
 written once per group and not per part. Unit of restart: the group of parts.

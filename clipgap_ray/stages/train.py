@@ -54,7 +54,8 @@ def run(settings: TrainSettings) -> rundir.Summary:
         plan, counts = make_plan(settings, directory.uri, preprocess.size)
         connect()
         store.write_json(directory.path("params.json"), settings.model_dump(mode="json"))
-        history = _fit(settings, plan, directory)
+        state = _fit(settings, plan, directory)
+        history = state["history"]
         _publish(settings, directory, plan)
         seen = plan.steps * max(1, settings.workers) * settings.batch_size
         directory.log.append(
@@ -63,7 +64,7 @@ def run(settings: TrainSettings) -> rundir.Summary:
                     "part": 0, "read": counts["available"], "kept": counts["used"],
                     "dropped": {"not_in_split": counts["available"] - counts["used"]},
                     "samples_seen": seen, "steps": plan.steps, "loss": history[-1]["loss"],
-                    "data_wait_share": history[-1]["data_wait_share"],
+                    "data_wait_share": history[-1]["data_wait_share"], "starts": state["starts"],
                     "files": {"checkpoint.pt": store.sha256(store.read_bytes(directory.path("checkpoint.pt")))},
                 }
             ]
@@ -73,7 +74,7 @@ def run(settings: TrainSettings) -> rundir.Summary:
 
 def _finish(directory: rundir.RunDirectory, settings: TrainSettings) -> rundir.Summary:
     record = directory.log.records[0]
-    extra = {key: record[key] for key in ("samples_seen", "steps", "loss", "data_wait_share")}
+    extra = {key: record[key] for key in ("samples_seen", "steps", "loss", "data_wait_share", "starts")}
     return directory.finish({"model": settings.model, "objective": settings.objective}, **extra)
 
 
@@ -140,8 +141,8 @@ class Monitor:
         return self.rows[count:]
 
 
-def _fit(settings: TrainSettings, plan: Plan, directory: rundir.RunDirectory) -> list[dict[str, Any]]:
-    """Run the workers to the end; progress and TensorBoard follow rank 0. Returns the whole history."""
+def _fit(settings: TrainSettings, plan: Plan, directory: rundir.RunDirectory) -> dict[str, Any]:
+    """Run the workers to the end, publish checkpoint and metrics, and return the last checkpoint's state."""
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     monitor = Monitor.remote()  # type: ignore[attr-defined]
     loop_config = {"plan": ray.put(plan), "monitor": monitor, "checkpoint_every": settings.checkpoint_every}
@@ -183,7 +184,7 @@ def _fit(settings: TrainSettings, plan: Plan, directory: rundir.RunDirectory) ->
             store.write_bytes(directory.path("checkpoint.pt"), file.read())
     lines = "".join(f"{json.dumps(row)}\n" for row in state["history"])
     store.write_bytes(directory.path("metrics.jsonl"), lines.encode())
-    return state["history"]
+    return state
 
 
 def _follow(monitor: Any, plan: Plan, done: threading.Event) -> None:

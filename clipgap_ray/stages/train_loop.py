@@ -6,11 +6,11 @@ So a worker that starts at sample p sees exactly what an uninterrupted one would
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
 import os
 import queue
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -217,13 +217,14 @@ def train_loop(config: dict[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(1)
     model = build_model(settings, plan.num_classes)
-    step, history, optimizer_state = 0, [], None
+    step, history, optimizer_state, starts = 0, [], None, [0]
     checkpoint = ray.train.get_checkpoint()
     if checkpoint:
         with checkpoint.as_directory() as folder:
             state = torch.load(os.path.join(folder, "state.pt"), map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         step, history, optimizer_state = state["step"], state["history"], state["optimizer"]
+        starts = [*state["starts"], step]
     wrapped = ray.train.torch.prepare_model(model)
     optimizer = make_optimizer(wrapped, settings)
     if optimizer_state is not None:
@@ -255,28 +256,26 @@ def train_loop(config: dict[str, Any]) -> None:
             if rank == 0 and config["monitor"] is not None:
                 config["monitor"].add.remote(row)
         if step % config["checkpoint_every"] == 0 or last:
-            _report(wrapped, optimizer, step, history, rank)
+            _report(wrapped, optimizer, {"step": step, "history": history, "starts": starts}, rank)
 
 
-def _report(wrapped: nn.Module, optimizer: Any, step: int, history: list[Any], rank: int) -> None:
-    """Report on every rank; rank 0 brings the checkpoint. The directory is uploaded before this returns."""
-    import tempfile
+def _report(wrapped: nn.Module, optimizer: Any, position: dict[str, Any], rank: int) -> None:
+    """Report on every rank; rank 0 brings the checkpoint. The directory is uploaded before this returns.
 
+    `position` holds the step, the history of metrics, and the steps at which the run was started or resumed.
+    """
     import ray.train
 
-    with tempfile.TemporaryDirectory() if rank == 0 else contextlib.nullcontext() as folder:
-        checkpoint = None
-        if folder is not None:
-            state = {
-                "model": unwrapped(wrapped).state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step,
-                "history": history,
-            }
-            torch.save(state, os.path.join(folder, "state.pt"))
-            torch.save({"state_dict": portable_state(wrapped), "step": step}, os.path.join(folder, "checkpoint.pt"))
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report({"step": step, "loss": history[-1]["loss"] if history else None}, checkpoint=checkpoint)
+    metrics = {"step": position["step"]}
+    if rank:
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        state = {"model": unwrapped(wrapped).state_dict(), "optimizer": optimizer.state_dict(), **position}
+        torch.save(state, os.path.join(folder, "state.pt"))
+        published = {"state_dict": portable_state(wrapped), "step": position["step"]}
+        torch.save(published, os.path.join(folder, "checkpoint.pt"))
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
 class _Objective:

@@ -68,9 +68,10 @@ def _submit(head, *words):
 
 
 def test_a_submitted_embed_job_writes_embeddings_and_resubmitting_resumes(head, tmp_path):
-    from PIL import Image
     import io
+
     import numpy as np
+    from PIL import Image
 
     (tmp_path / "pool").mkdir()
     rng = np.random.default_rng(0)
@@ -91,6 +92,8 @@ def test_a_submitted_embed_job_writes_embeddings_and_resubmitting_resumes(head, 
 
 
 def test_a_failing_job_says_why_and_fails(head, tmp_path):
-    result = _submit(head, "jobs/embed.py", str(tmp_path / "gone"), "--out", str(tmp_path / "e"), "--model", "projection")
+    result = _submit(
+        head, "jobs/embed.py", str(tmp_path / "gone"), "--out", str(tmp_path / "e"), "--model", "projection"
+    )
     assert result.returncode == 1
     assert "gone does not exist" in result.stdout + result.stderr

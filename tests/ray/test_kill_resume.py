@@ -163,6 +163,10 @@ def test_train(drive: Any, tiny_world: made.World, tmp_path: Path) -> None:
     def history(run: TrainSettings) -> list[dict[str, Any]]:
         return [json.loads(line) for line in Path(run.out, "metrics.jsonl").read_text().splitlines()]
 
+    starts = json.loads(Path(cut.out, "summary.json").read_text())["starts"]
+    assert starts[0] == 0
+    assert len(starts) == 2
+    assert starts[1] >= 4, "the second driver began from the start"
     expected, found = history(whole), history(cut)
     assert [row["step"] for row in found] == [row["step"] for row in expected] == [10, 20, 30, 40]
     for one, other in zip(expected, found, strict=True):
