@@ -225,7 +225,10 @@ def train_loop(config: dict[str, Any]) -> None:
         model.load_state_dict(state["model"])
         step, history, optimizer_state = state["step"], state["history"], state["optimizer"]
         starts = [*state["starts"], step]
-    wrapped = ray.train.torch.prepare_model(model)
+    wrapped = ray.train.torch.prepare_model(
+        model,
+        parallel_strategy_kwargs={"gradient_as_bucket_view": True},  # one copy of the gradients less
+    )
     optimizer = make_optimizer(wrapped, settings)
     if optimizer_state is not None:
         optimizer.load_state_dict(optimizer_state)
