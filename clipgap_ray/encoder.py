@@ -81,18 +81,23 @@ class Preprocess:
         return self.resize(picture)
 
     def resize(self, picture: Image.Image) -> np.ndarray:
-        """Return a loaded picture as (size, size, 3) uint8."""
-        from torchvision.transforms import InterpolationMode
-        from torchvision.transforms import functional as F
+        """Return a loaded picture as (size, size, 3) uint8.
 
+        Pixel for pixel what torchvision's Resize and CenterCrop do to a PIL image, without importing torch: a worker
+        that only reads and decodes stays small and starts at once.
+        """
         if self.crop_border:
             border = self.crop_border
             picture = picture.crop((border, border, picture.width - border, picture.height - border))
-        mode = InterpolationMode(self.interpolation)
+        mode = Image.Resampling[self.interpolation.upper()]
         if self.resize_mode == "squash":
-            picture = F.resize(picture, [self.size, self.size], interpolation=mode)
-        else:
-            picture = F.center_crop(F.resize(picture, [self.size], interpolation=mode), [self.size])
+            return np.asarray(picture.resize((self.size, self.size), mode).convert("RGB"), dtype=np.uint8)
+        short = min(picture.size)
+        width, height = (self.size if side == short else int(self.size * side / short) for side in picture.size)
+        if (width, height) != picture.size:
+            picture = picture.resize((width, height), mode)
+        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
+        picture = picture.crop((left, top, left + self.size, top + self.size))
         return np.asarray(picture.convert("RGB"), dtype=np.uint8)
 
 

@@ -71,12 +71,29 @@ def until(condition: Callable[[], Any], what: str, limit_s: float = DRIVER_LIMIT
         time.sleep(0.01)  # between two looks, not instead of one
 
 
-@pytest.fixture
-def drive() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Start a stage's driver in a process and a Ray of its own."""
-    started: list[tuple[subprocess.Popen[bytes], str]] = []
+class Driver(subprocess.Popen[bytes]):
+    """A driver that writes its errors to a file: Ray's orphans inherit a pipe and would keep its reader waiting."""
 
-    def start(stage: Any, settings: Any, *, kill: bool = False) -> subprocess.Popen[bytes]:
+    def __init__(self, command: list[str], env: dict[str, str], errors: Path) -> None:
+        self.errors = errors
+        with open(errors, "wb") as sink:
+            super().__init__(command, env=env, stdout=subprocess.DEVNULL, stderr=sink)
+
+    def finish(self) -> int:
+        """Wait for the end and return the exit code."""
+        return self.wait(timeout=DRIVER_LIMIT_S)
+
+    def said(self) -> str:
+        """The end of what it wrote to stderr."""
+        return self.errors.read_text(errors="replace")[-2000:]
+
+
+@pytest.fixture
+def drive() -> Iterator[Callable[..., Driver]]:
+    """Start a stage's driver in a process and a Ray of its own."""
+    started: list[tuple[Driver, str]] = []
+
+    def start(stage: Any, settings: Any, *, kill: bool = False) -> Driver:
         folder = tempfile.mkdtemp(prefix="cg-kill-", dir="/tmp")
         env = {**os.environ, "CLIPGAP_RAY_TMP": folder, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         env.pop("RAY_ADDRESS", None)
@@ -90,7 +107,7 @@ def drive() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
             settings.model_dump_json(),
             "kill" if kill else "",
         ]
-        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = Driver(command, env, Path(folder, "driver.err"))
         started.append((process, folder))
         return process
 
@@ -102,16 +119,14 @@ def drive() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def kill_then_resume(drive: Callable[..., subprocess.Popen[bytes]], stage: Any, settings: Any) -> int:
+def kill_then_resume(drive: Callable[..., Driver], stage: Any, settings: Any) -> int:
     """Let the driver die before its second commit, then finish; returns the parts that the resumption found."""
     dead = drive(stage, settings, kill=True)
-    _, stderr = dead.communicate(timeout=DRIVER_LIMIT_S)
-    assert dead.returncode == -signal.SIGKILL, stderr.decode()[-2000:]
+    assert dead.finish() == -signal.SIGKILL, dead.said()
     assert len(rundir.CommitLog(settings.out).records) == 1
     assert not Path(settings.out, "manifest.json").exists()
     heir = drive(stage, settings)
-    _, stderr = heir.communicate(timeout=DRIVER_LIMIT_S)
-    assert heir.returncode == 0, stderr.decode()[-2000:]
+    assert heir.finish() == 0, heir.said()
     return int(json.loads(Path(settings.out, "summary.json").read_text())["parts_skipped"])
 
 
@@ -143,7 +158,7 @@ def test_dedup(drive: Any, tiny_embeddings: dict[str, str], tmp_path: Path) -> N
 def test_train(drive: Any, tiny_world: made.World, tmp_path: Path) -> None:
     words = {
         "source": tiny_world.path("pool"), "model": "conv-64-test", "batch_size": 8, "workers": 2, "warmup": 2,
-        "num_samples": 16 * 40, "checkpoint_every": 4, "samples": str(tmp_path / "samples"),
+        "num_samples": 16 * 30, "checkpoint_every": 3, "samples": str(tmp_path / "samples"),
     }  # fmt: skip
     whole, cut = (TrainSettings(**words, out=str(tmp_path / name)) for name in ("whole", "cut"))
     train.run(whole)
@@ -157,8 +172,7 @@ def test_train(drive: Any, tiny_world: made.World, tmp_path: Path) -> None:
     assert dead.wait() == -signal.SIGKILL
     assert not Path(cut.out, "manifest.json").exists()
     heir = drive(train, cut)
-    _, stderr = heir.communicate(timeout=DRIVER_LIMIT_S)
-    assert heir.returncode == 0, stderr.decode()[-2000:]
+    assert heir.finish() == 0, heir.said()
 
     def history(run: TrainSettings) -> list[dict[str, Any]]:
         return [json.loads(line) for line in Path(run.out, "metrics.jsonl").read_text().splitlines()]
@@ -166,10 +180,10 @@ def test_train(drive: Any, tiny_world: made.World, tmp_path: Path) -> None:
     starts = json.loads(Path(cut.out, "summary.json").read_text())["starts"]
     assert starts[0] == 0
     assert len(starts) == 2
-    assert starts[1] >= 4, "the second driver began from the start"
+    assert starts[1] >= 3, "the second driver began from the start"
     expected, found = history(whole), history(cut)
-    assert [row["step"] for row in found] == [row["step"] for row in expected] == [10, 20, 30, 40]
+    assert [row["step"] for row in found] == [row["step"] for row in expected] == [10, 20, 30]
     for one, other in zip(expected, found, strict=True):
         assert one["lr"] == other["lr"]
         assert abs(one["loss"] - other["loss"]) <= RESUME_LOSS_TOLERANCE
-    assert len({row["loss"] for row in expected}) == 4
+    assert len({row["loss"] for row in expected}) == 3
