@@ -31,7 +31,7 @@ demo-fast: $(READY) ## the tiny world: a report in 3 minutes
 	@echo; echo "report: $(CURDIR)/demo-fast/report/index.html"
 
 serve: $(READY) ## search and zero-shot over the demo's pool, on http://127.0.0.1:8000
-	$(BIN)/clipgap serve --index miniature=demo/index --model conv-64 --pretrained demo/runs/full-s0
+	$(BIN)/clipgap serve --index miniature=demo/index --model conv-64 --pretrained demo/runs/full-with-reference-s0
 
 test: $(READY) ## everything fast, and one kill-and-resume test per stage
 	$(PYTEST) -q -m "not cluster and not slow and not gpu" --durations=10
