@@ -108,9 +108,12 @@ def bounded(submit: Callable[[T], Any], items: Iterable[T], limit: int = 0) -> I
     Raises:
         The task's own error, without Ray's wrapping, when it is one of ours.
     """
-    limit = limit or physical_cpus()
     waiting = iter(items)
-    running = [submit(item) for item in itertools.islice(waiting, limit)]
+    first = list(itertools.islice(waiting, 1))
+    if not first:  # a finished stage asks nothing of a cluster, and may not have joined one
+        return
+    limit = limit or physical_cpus()
+    running = [submit(item) for item in itertools.chain(first, itertools.islice(waiting, limit - 1))]
     while running:
         done, running = ray.wait(running)
         try:
@@ -128,6 +131,7 @@ class Progress:
         self.stage, self.total, self.unit = stage, total, unit
         self.done = self.first = done
         self.rows = 0
+        self.shown_done = -1
         self.note = ""  # shown at the end of the line
         self.started = self.shown = time.monotonic()
         self.live = sys.stderr.isatty()
@@ -143,9 +147,11 @@ class Progress:
 
     def close(self) -> None:
         """Show the final state."""
-        self._show("\r" if self.live else "", "\n")
+        if self.live or self.shown_done != self.done:
+            self._show("\r" if self.live else "", "\n")
 
     def _show(self, start: str, end: str) -> None:
+        self.shown_done = self.done
         seconds = max(time.monotonic() - self.started, 1e-9)
         rate = (self.done - self.first) / seconds
         left = (self.total - self.done) / rate if rate else math.inf
