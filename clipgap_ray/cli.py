@@ -58,6 +58,9 @@ SPLITS = {
     "core": Verb("split:Core", "stages.split:run", "keep the rows most similar to several test sets"),
     "random": Verb("split:Random", "stages.split:run", "keep a uniform sample"),
     "threshold": Verb("split:Threshold", "stages.split:run", "remove rows above a similarity"),
+    "score": Verb("split:Score", "stages.split:run", "keep rows by CLIP score, resolution or another column"),
+    "density-match": Verb("split:DensityMatch", "stages.split:run", "no closer and no denser than the reference"),
+    "preview": Verb("split:PreviewSettings", "stages.preview:run", "what a cut would keep, before anything is cut"),
     "full": Verb("split:Full", "stages.split:run", "keep every scored row"),
 }
 

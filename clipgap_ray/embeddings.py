@@ -155,6 +155,16 @@ class EmbeddingSet:
         """Return the metadata of all parts in order."""
         return pa.concat_tables([self.metadata(part.number, columns) for part in self.parts])
 
+    def uids_of(self, row_ids: np.ndarray) -> dict[int, str]:
+        """Return the uids of some rows, reading only the parts they lie in; row ids below 0 are left out."""
+        parts, positions = schema.split_row_ids(np.unique(row_ids[row_ids >= 0]))
+        result: dict[int, str] = {}
+        for part in np.unique(parts).tolist():
+            inside = positions[parts == part]
+            uids = self.metadata(part, ["uid"]).column("uid").take(pa.array(inside)).to_pylist()
+            result.update(zip(((part << 32) | inside).tolist(), uids, strict=True))
+        return result
+
     def groups(self, max_bytes: int = GROUP_BYTES) -> Iterator[list[Part]]:
         """Yield runs of neighbouring parts of about `max_bytes` of image rows: units of reading work."""
         group: list[Part] = []

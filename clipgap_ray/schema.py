@@ -79,6 +79,9 @@ POOL_SCORES = pa.schema(
     ]
 )
 
+# The further column of `score --violations`: test rows with similarity > tau, decided exactly.
+VIOLATIONS = pa.field("violations", pa.int32())
+
 # Scores: queries/<test>.parquet, one row per test image. float64 values are exact (design contract 3).
 QUERY_SCORES = pa.schema(
     [
@@ -111,6 +114,8 @@ GAPS = pa.schema(
         ("similarity", pa.float64()),  # to the nearest kept pool row; -inf when nothing is kept
         ("gap", pa.float64()),  # max(tau, similarity): what training on cut + reference sees
         ("nearest_row_id", pa.int64()),
+        ("neighbour_similarities", pa.list_(pa.float32())),  # to the k nearest kept rows, most alike first
+        ("within", pa.list_(pa.int64())),  # kept rows with similarity > tau - delta, one count per delta
     ]
 )
 

@@ -96,5 +96,5 @@ def tiny_scores(ray_session: None, tiny_embeddings: dict[str, str], tmp_path_fac
     from clipgap_ray.stages import score
 
     out: Path = tmp_path_factory.mktemp("scores") / "all"
-    score.run(ScoreSettings(**made.score_words(tiny_embeddings), out=str(out), group_bytes=1))
+    score.run(ScoreSettings(**made.score_words(tiny_embeddings), out=str(out), group_bytes=1, query_share=1e9))
     return str(out)

@@ -46,8 +46,14 @@ class ScoreSettings(Settings):
     """Nearest pool rows to keep per test row."""
     add: bool = False
     """Add these test sets to scores that exist, without scoring the others again."""
-    group_bytes: Annotated[int, Operational()] = 1 << 28
-    """Bytes of neighbouring parts that one task reads."""
+    violations: bool = False
+    """Also count, for every pool row, the test rows that it violates (similarity > tau)."""
+    device: Annotated[str, Operational()] = "auto"
+    """auto (a GPU where the cluster has one), cpu or cuda."""
+    group_bytes: Annotated[int, Operational()] = 0
+    """Bytes of neighbouring parts that one task reads; 0 = automatic, at most 256 MB."""
+    query_share: Annotated[float, Operational()] = 0.0
+    """Write the query side once it is at most this share of the embeddings read; 0 = automatic (0.8 %)."""
 
     @pydantic.field_validator("test")
     @classmethod

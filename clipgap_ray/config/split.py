@@ -102,6 +102,49 @@ class Threshold(SplitSettings):
     """Rows with m >= this go."""
 
 
+class Score(SplitSettings):
+    """Keep rows by a column of the pool's metadata (CLIP score, resolution, caption length), alone or by a preset."""
+
+    kind: Literal["score"] = "score"
+    """Kind of the split."""
+    column: str = ""
+    """A numeric column of the metadata, or caption_words, caption_chars, min_side, aspect_ratio. null fails."""
+    size: str = ""
+    """Keep the rows with the highest values: an integer is a count, a number with a point a fraction."""
+    min: float | None = None
+    """Keep rows with at least this value."""
+    max: float | None = None
+    """Keep rows with at most this value."""
+    preset: Literal["", "clip-score-30", "basic"] = ""
+    """clip-score-30: DataComp's best 30 % by CLIP score; basic: DataComp's basic rules (more than 2 words, more than
+    5 characters, shorter side over 200 px, aspect ratio under 3) without its language rule, which needs a model."""
+
+    @pydantic.model_validator(mode="after")
+    def _one(self) -> Score:
+        if bool(self.preset) == bool(self.column):
+            raise ConfigError(f"score needs one of --column ({self.column!r}) and --preset ({self.preset!r})")
+        by_value = self.min is not None or self.max is not None
+        if self.column and bool(self.size) == by_value:
+            raise ConfigError(
+                f"score --column {self.column} needs either --size or --min/--max", hint="for example --size 0.3"
+            )
+        return self
+
+
+class DensityMatch(SplitSettings):
+    """Remove pool rows until, for every test image, the j-th nearest row left is no closer than the j-th nearest
+    reference row, for every j up to --neighbours: the pool is neither closer nor denser than the reference."""
+
+    kind: Literal["density-match"] = "density-match"
+    """Kind of the split."""
+    test: tuple[str, ...]
+    """Test sets to match; scored with --reference."""
+    neighbours: pydantic.PositiveInt = 10
+    """How many neighbours of each test image are matched; 1 is gap-match."""
+    seed: int = 0
+    """Rows compete for the places in the order of a shuffle by this seed."""
+
+
 class Full(SplitSettings):
     """Keep every scored row."""
 
@@ -109,7 +152,18 @@ class Full(SplitSettings):
     """Kind of the split."""
 
 
-AnySplit = GapMatch | Near | Far | Core | Random | Threshold | Full
+AnySplit = GapMatch | Near | Far | Core | Random | Threshold | Score | DensityMatch | Full
+
+
+class PreviewSettings(Settings):
+    """What a cut would keep, before anything is cut: size against slack, threshold and rank."""
+
+    scores: str
+    """Output of `clipgap score`."""
+    test: tuple[str, ...]
+    """Test sets; several are combined."""
+    out: str = ""
+    """Directory for preview.png and preview.csv; without it the table alone is printed."""
 
 
 class GapsSettings(Settings):
@@ -122,4 +176,10 @@ class GapsSettings(Settings):
     split: tuple[str, ...]
     """Splits NAME.npy."""
     out: str
-    """Directory: OUT/<split>/<test>.parquet."""
+    """Directory: OUT/<split>/<test>.parquet and OUT/diagnostics.json."""
+    neighbours: pydantic.PositiveInt = 10
+    """k of the k-th-neighbour curves."""
+    deltas: tuple[float, ...] = (0.0, 0.01, 0.02, 0.05, 0.1)
+    """Count the rows left within these distances of every test image's hull (similarity > tau - delta)."""
+    duplicates: tuple[float, ...] = (0.9, 0.95, 0.99)
+    """Similarities at which a test image counts as duplicated."""

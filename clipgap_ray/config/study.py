@@ -19,6 +19,8 @@ KINDS: dict[str, type[split_config.SplitSettings]] = {
     "core": split_config.Core,
     "random": split_config.Random,
     "threshold": split_config.Threshold,
+    "score": split_config.Score,
+    "density-match": split_config.DensityMatch,
     "full": split_config.Full,
 }
 

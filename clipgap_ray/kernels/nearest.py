@@ -14,6 +14,7 @@ Rejected: top-k lists per test row as candidates for pruning (they overflow sile
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -52,12 +53,21 @@ class Queries:
 
 @dataclass(frozen=True)
 class PoolScores:
-    """Per pool row and test set, all (n, T): `m`, `margin` float32; `arg_m`, `arg_margin` int64 stacked positions."""
+    """Per pool row and test set, all (n, T): `m`, `margin` float32; `arg_m`, `arg_margin` int64 stacked positions.
+
+    `violations` int32: test rows with s > tau, decided exactly; None when they were not asked for.
+    """
 
     m: np.ndarray
     arg_m: np.ndarray
     margin: np.ndarray
     arg_margin: np.ndarray
+    violations: np.ndarray | None = None
+
+    def part(self, rows: slice) -> PoolScores:
+        """Return views of some rows."""
+        counts = None if self.violations is None else self.violations[rows]
+        return PoolScores(self.m[rows], self.arg_m[rows], self.margin[rows], self.arg_margin[rows], counts)
 
 
 @dataclass(frozen=True)
@@ -77,43 +87,151 @@ class QueryNearest:
     row_ids: np.ndarray
 
 
-def score(rows: np.ndarray, row_ids: np.ndarray, queries: Queries, k: int) -> tuple[PoolScores, QueryNearest]:
-    """Score pool rows against every test set, and the test rows against these pool rows.
+class Pass:
+    """A pass over pool rows in portions: maxima of each portion at once, the nearest rows of the whole at the end.
+
+    The lists of nearest rows live through the pass, so that their running thresholds turn almost every row of the
+    later portions away. `TorchPass` (kernels.nearest_torch) does the same on a GPU; `begin` picks one.
 
     Args:
-        rows: (n, d) float16 pool rows; n may be 0.
-        row_ids: (n,) int64, unique.
         queries: The stacked test rows.
         k: Nearest pool rows to keep per test row, k >= 1.
+        violations: Also count, per pool row and test set, the test rows with s > tau (exactly).
 
-    Returns:
-        Pool side in float32 (within `error_bound(d)` of the truth, twice that for margins), and query side with
-        the exact nearest row.
+    Attributes:
+        bound: Largest difference of this pass's float32 scores from the truth.
     """
-    num_sets = len(queries.offsets) - 1
-    pool = PoolScores(
-        np.full((len(rows), num_sets), -np.inf, np.float32),
-        np.full((len(rows), num_sets), -1, np.int64),
-        np.full((len(rows), num_sets), -np.inf, np.float32),
-        np.full((len(rows), num_sets), -1, np.int64),
-    )
-    width = k + SPARE
-    heap = np.full((len(queries.rows), width), -np.inf, np.float32)
-    heap_ids = np.full((len(queries.rows), width), -1, np.int64)
-    floor = np.full(len(queries.rows), -np.inf, np.float32)
-    transposed = np.ascontiguousarray(queries.rows.astype(np.float32).T)
-    tau = queries.tau.astype(np.float32)
-    for start in range(0, len(rows), BLOCK_ROWS):
-        part = slice(start, start + BLOCK_ROWS)
-        product = rows[part].astype(np.float32) @ transposed
-        _fold_pool(
-            product, queries.offsets, tau, pool.m[part], pool.arg_m[part], pool.margin[part], pool.arg_margin[part]
+
+    block_rows = 0  # 0: BLOCK_ROWS
+
+    def __init__(self, queries: Queries, k: int, *, violations: bool = False) -> None:
+        self.queries = queries
+        self.k = k
+        self.bound = error_bound(queries.rows.shape[1])
+        self._violations = violations
+        self._tau = queries.tau.astype(np.float32)
+        self._best = np.full(len(queries.rows), -np.inf)
+        self._best_id = np.full(len(queries.rows), -1, np.int64)
+        self._start_lists(k + SPARE)
+
+    def feed(self, rows: np.ndarray, row_ids: np.ndarray) -> PoolScores:
+        """Score a portion of the pool.
+
+        Args:
+            rows: (n, d) float16 pool rows; n may be 0.
+            row_ids: (n,) int64, unique over the whole pass.
+
+        Returns:
+            The portion's maxima in float32, within `bound` of the truth, twice that for margins.
+        """
+        scores = _unscored(len(rows), len(self.queries.offsets) - 1, self._violations)
+        step = self.block_rows or BLOCK_ROWS
+        for start in range(0, len(rows), step):
+            block = slice(start, start + step)
+            self._fold(rows[block], row_ids[block], scores.part(block))
+        for segment, (first, last) in enumerate(itertools.pairwise(self.queries.offsets)):
+            if np.isnan(self.queries.tau[first:last]).any():
+                scores.margin[:, segment] = np.nan
+        self.settle(rows, row_ids)
+        return scores
+
+    def found(self) -> QueryNearest:
+        """Return the nearest rows of all portions so far; the nearest itself is decided exactly."""
+        similarities, row_ids = self._lists()
+        return QueryNearest(
+            self._best.copy(), self._best_id.copy(), similarities[:, : self.k].copy(), row_ids[:, : self.k].copy()
         )
-        _fold_queries(product, row_ids[part], heap, heap_ids, floor)
-    for segment in range(num_sets):
-        if np.isnan(queries.tau[queries.offsets[segment] : queries.offsets[segment + 1]]).any():
-            pool.margin[:, segment] = np.nan
-    return pool, _settle(rows, row_ids, queries.rows, heap, heap_ids, k)
+
+    # What a device does differently: hold the lists, and fold one block of rows into them and into the maxima.
+
+    def _start_lists(self, width: int) -> None:
+        self._transposed = np.ascontiguousarray(self.queries.rows.astype(np.float32).T)
+        self._heap = np.full((len(self.queries.rows), width), -np.inf, np.float32)
+        self._heap_ids = np.full((len(self.queries.rows), width), -1, np.int64)
+        self._floor = np.full(len(self.queries.rows), -np.inf, np.float32)
+
+    def _lists(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._heap, self._heap_ids
+
+    def _fold(self, rows: np.ndarray, row_ids: np.ndarray, scores: PoolScores) -> None:
+        product = rows.astype(np.float32) @ self._transposed
+        offsets = self.queries.offsets
+        _fold_pool(product, offsets, self._tau, scores.m, scores.arg_m, scores.margin, scores.arg_margin)
+        self.fold_lists(product, row_ids)
+        if scores.violations is not None:
+            near = np.zeros(len(rows), np.int64)
+            _count_violations(product, offsets, self._tau, np.float32(2 * self.bound), scores.violations, near)
+            at = np.nonzero(near)[0]
+            row, query = np.nonzero(np.abs(product[at] - self._tau) <= np.float32(2 * self.bound))
+            self._decide_violations(rows, at[row], query, scores.violations)
+
+    def fold_lists(self, product: np.ndarray, row_ids: np.ndarray) -> None:
+        """Fold a (n, Q) float32 block of similarities into the lists; `settle` must follow with the same rows."""
+        _fold_queries(product, row_ids, self._heap, self._heap_ids, self._floor)
+
+    def _decide_violations(self, rows: np.ndarray, row: np.ndarray, query: np.ndarray, counts: np.ndarray) -> None:
+        """Add the pairs that float32 could not decide, by their exact similarity."""
+        over = exact_pairs(rows[row], self.queries.rows[query]) > self.queries.tau[query]
+        segment = np.searchsorted(self.queries.offsets, query[over], side="right") - 1
+        np.add.at(counts, (row[over], segment), 1)
+
+    def settle(self, rows: np.ndarray, row_ids: np.ndarray) -> None:
+        """Decide the nearest row exactly among this portion's candidates within the bound of the float32 maximum.
+
+        Args:
+            rows: (n, d) float16, the portion whose blocks were folded.
+            row_ids: (n,) int64.
+        """
+        heap, heap_ids = self._lists()
+        if not len(rows) or not heap.size:
+            return
+        order = np.argsort(row_ids, kind="stable")
+        close = (heap >= heap[:, :1] - np.float32(2 * self.bound)) & (heap_ids >= 0)
+        query, _ = np.nonzero(close)
+        at = np.minimum(np.searchsorted(row_ids, heap_ids[close], sorter=order), len(rows) - 1)
+        candidate = order[at]
+        here = row_ids[candidate] == heap_ids[close]  # the others were decided when their portion passed
+        query, candidate = query[here], candidate[here]
+        exact = exact_pairs(self.queries.rows[query], rows[candidate])
+        _fold_best(self._best, self._best_id, query, exact, row_ids[candidate])
+        # A query whose whole list lies within the bound may have lost an equal: look at every row of the portion.
+        for q in np.nonzero(close.all(axis=1))[0]:
+            similarities = exact_matrix(self.queries.rows[q : q + 1], rows)[0]
+            _fold_best(self._best, self._best_id, np.full(len(rows), q), similarities, row_ids)
+
+
+def begin(queries: Queries, k: int, *, violations: bool = False, device: str = "cpu") -> Pass:
+    """Start a pass on a device.
+
+    Args:
+        queries: The stacked test rows.
+        k: Nearest pool rows to keep per test row.
+        violations: Count violated test rows too.
+        device: "cpu" (BLAS and compiled reductions) or a torch device such as "cuda".
+    """
+    if device == "cpu":
+        return Pass(queries, k, violations=violations)
+    from clipgap_ray.kernels.nearest_torch import TorchPass
+
+    return TorchPass(queries, k, violations=violations, device=device)
+
+
+def score(rows: np.ndarray, row_ids: np.ndarray, queries: Queries, k: int) -> tuple[PoolScores, QueryNearest]:
+    """Score (n, d) float16 rows with (n,) int64 row ids at once: `begin`, one `feed`, `found`."""
+    one = begin(queries, k)
+    scores = one.feed(rows, row_ids)
+    return scores, one.found()
+
+
+def _unscored(num_rows: int, num_sets: int, violations: bool) -> PoolScores:
+    shape = (num_rows, num_sets)
+    return PoolScores(
+        np.full(shape, -np.inf, np.float32),
+        np.full(shape, -1, np.int64),
+        np.full(shape, -np.inf, np.float32),
+        np.full(shape, -1, np.int64),
+        np.zeros(shape, np.int32) if violations else None,
+    )
 
 
 @njit(cache=True, nogil=True)
@@ -154,26 +272,17 @@ def _fold_queries(product, row_ids, heap, heap_ids, floor):  # type: ignore[no-u
             floor[q] = heap[q, width - 1]
 
 
-def _settle(
-    rows: np.ndarray, row_ids: np.ndarray, queries: np.ndarray, heap: np.ndarray, heap_ids: np.ndarray, k: int
-) -> QueryNearest:
-    """Decide the nearest row exactly among the candidates within the rounding bound of the float32 maximum."""
-    num_queries = len(queries)
-    best = np.full(num_queries, -np.inf)
-    best_id = np.full(num_queries, -1, np.int64)
-    if len(rows) and num_queries:
-        order = np.argsort(row_ids, kind="stable")
-        reach = heap[:, :1] - 2 * error_bound(rows.shape[1])
-        close = (heap >= reach) & (heap_ids >= 0)
-        query, _ = np.nonzero(close)
-        candidate = order[np.searchsorted(row_ids, heap_ids[close], sorter=order)]
-        exact = exact_pairs(queries[query], rows[candidate])
-        _fold_best(best, best_id, query, exact, row_ids[candidate])
-        # A query whose whole list lies within the bound may have lost an equal: look at every row once more.
-        for q in np.nonzero(close.all(axis=1))[0] if len(rows) > heap.shape[1] else ():
-            similarities = exact_matrix(queries[q : q + 1], rows)[0]
-            _fold_best(best, best_id, np.full(len(rows), q), similarities, row_ids)
-    return QueryNearest(best, best_id, heap[:, :k].copy(), heap_ids[:, :k].copy())
+@njit(cache=True, nogil=True)
+def _count_violations(product, offsets, tau, band, counts, near):  # type: ignore[no-untyped-def]
+    """Count what is surely above tau per segment; mark the rows that hold a pair within the band of it."""
+    for row in range(product.shape[0]):
+        for segment in range(len(offsets) - 1):
+            for q in range(offsets[segment], offsets[segment + 1]):
+                excess = product[row, q] - tau[q]
+                if excess > band:
+                    counts[row, segment] += 1
+                elif excess >= -band:
+                    near[row] = 1
 
 
 def _fold_best(best: np.ndarray, best_id: np.ndarray, query: np.ndarray, exact: np.ndarray, ids: np.ndarray) -> None:
@@ -245,38 +354,39 @@ def nearest(
                 every = exact_matrix(queries[q : q + 1], rows)[0]
                 top = np.lexsort((ids, -every))[: exact.shape[1]]
                 exact[q], found.row_ids[q] = every[top], ids[top]
-        both = np.concatenate([similarities, exact], axis=1)
-        both_ids = np.concatenate([row_ids, found.row_ids], axis=1)
-        rank = np.lexsort((np.where(both_ids < 0, np.iinfo(np.int64).max, both_ids), -both), axis=1)[:, :k]
-        similarities, row_ids = np.take_along_axis(both, rank, 1), np.take_along_axis(both_ids, rank, 1)
+        similarities, row_ids = merge_exact([(similarities, row_ids), (exact, found.row_ids)], k)
     return similarities, row_ids
 
 
-def nearest_kept(
-    rows: np.ndarray, row_ids: np.ndarray, keeps: np.ndarray, queries: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return every query's exact nearest row within each of several keep masks, in one product.
+def merge_exact(parts: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Merge lists of `nearest`: (Q, k_i) float64 similarities and int64 row ids of disjoint rows; -1 pads."""
+    similarities = np.concatenate([s for s, _ in parts], axis=1)
+    row_ids = np.concatenate([i for _, i in parts], axis=1)
+    rank = np.lexsort((np.where(row_ids < 0, np.iinfo(np.int64).max, row_ids), -similarities), axis=1)[:, :k]
+    return np.take_along_axis(similarities, rank, 1), np.take_along_axis(row_ids, rank, 1)
+
+
+def above(rows: np.ndarray, queries: np.ndarray, floor: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return all pairs of a row and a query more alike than the query's floor, decided exactly.
 
     Args:
-        rows: (n, d) float16 pool rows.
-        row_ids: (n,) int64.
-        keeps: (C, n) bool, one mask per cut; True = stays.
+        rows: (n, d) float16.
         queries: (Q, d) float16.
+        floor: (Q,) float64; only similarities strictly above count.
 
     Returns:
-        (C, Q) float64 similarities (-inf where a cut keeps nothing) and (C, Q) int64 row ids (-1).
+        (e,) int64 rows, (e,) int64 queries, (e,) float64 exact similarities.
     """
-    best = np.full((len(keeps), len(queries)), -np.inf)
-    best_id = np.full((len(keeps), len(queries)), -1, np.int64)
     transposed = np.ascontiguousarray(queries.astype(np.float32).T)
-    reach = np.float32(2 * error_bound(rows.shape[1]))
+    reach = (floor - 2 * error_bound(rows.shape[1])).astype(np.float32)
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for start in range(0, len(rows), BLOCK_ROWS):
-        part = slice(start, start + BLOCK_ROWS)
-        product = rows[part].astype(np.float32) @ transposed
-        for cut, keep in enumerate(keeps[:, part]):
-            masked = np.where(keep[:, None], product, np.float32(-np.inf))
-            top = masked.max(axis=0)
-            row, query = np.nonzero((masked >= np.maximum(top, best[cut].astype(np.float32)) - reach) & keep[:, None])
-            exact = exact_pairs(rows[part][row], queries[query])
-            _fold_best(best[cut], best_id[cut], query, exact, row_ids[part][row])
-    return best, best_id
+        block = rows[start : start + BLOCK_ROWS]
+        row, query = np.nonzero(block.astype(np.float32) @ transposed >= reach)
+        exact = exact_pairs(block[row], queries[query])
+        over = exact > floor[query]
+        found.append((row[over] + start, query[over], exact[over]))
+    if not found:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
+    row, query, exact = (np.concatenate(columns) for columns in zip(*found, strict=True))
+    return row, query, exact

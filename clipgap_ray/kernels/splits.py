@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+from numba import njit
 
 from clipgap_ray.errors import ConfigError
 from clipgap_ray.schema import sort_uids
@@ -123,3 +124,50 @@ def merge_scores(columns: np.ndarray, policy: Policy) -> np.ndarray:
     for row, values in zip(ranks, columns, strict=True):
         row[np.argsort(-values, kind="stable")] = np.arange(len(values))
     return -ranks.min(axis=0)
+
+
+def density_match(
+    order: np.ndarray, items: np.ndarray, queries: np.ndarray, similarity: np.ndarray, reference: np.ndarray
+) -> np.ndarray:
+    """Keep as many uids as fit below the reference's neighbour curve of every test row, first come first served.
+
+    With r_q^(1) >= r_q^(2) >= ... the similarities of test row q to its nearest reference rows, the kept rows satisfy
+    for every q and j <= k: the j-th nearest kept row is no closer than r_q^(j). At k = 1 this is gap matching with
+    slack 0 (paper 1.4); larger k also bounds how many rows lie just outside the hull (the reviewers' density
+    question, train_test_similarity.md section 10).
+
+    Args:
+        order: (u,) int64, the uids in the order in which they compete.
+        items: (e,) int64 uid of each edge, sorted; only edges with similarity > r_q^(k) matter, the others may lack.
+        queries: (e,) int64 test row of each edge.
+        similarity: (e,) float64 exact.
+        reference: (Q, k) float64, descending, -inf where the reference has fewer rows.
+
+    Returns:
+        (u,) bool, True = stays.
+    """
+    first = np.searchsorted(items, np.arange(len(order) + 1))
+    keep = np.ones(len(order), np.bool_)
+    counts = np.zeros(reference.shape, np.int64)
+    _fill_places(order, first, queries, similarity, reference, counts, keep)
+    return keep
+
+
+@njit(cache=True)
+def _fill_places(order, first, queries, similarity, reference, counts, keep):  # type: ignore[no-untyped-def]
+    """counts[q, j] = kept rows closer to q than its j-th reference neighbour (j from 0); at most j of them may be."""
+    k = reference.shape[1]
+    for item in order:
+        fits = True
+        for edge in range(first[item], first[item + 1]):
+            q = queries[edge]
+            for j in range(k):
+                if reference[q, j] < similarity[edge] and counts[q, j] + 1 > j:
+                    fits = False
+        keep[item] = fits
+        if fits:
+            for edge in range(first[item], first[item + 1]):
+                q = queries[edge]
+                for j in range(k):
+                    if reference[q, j] < similarity[edge]:
+                        counts[q, j] += 1

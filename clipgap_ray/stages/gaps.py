@@ -1,10 +1,13 @@
-"""The similarity gap after a cut, for many cuts in one pass over the pool.
+"""The similarity gap before and after every cut, in one pass over the pool.
 
 For a split C of the pool and thresholds tau from the reference, the gap of test image i when training on C with the
 reference mixed in is max(tau_i, s_i(C)) (paper 2310.09562, 1.4). After gap-matching it equals tau_i for every i; that
 is checked here from the embeddings, not from the scores that made the cut.
 
-Writes: OUT/<split>/<test>.parquet (schema.GAPS). Unit of restart: the whole pass; it is seconds per ten million rows.
+Writes: OUT/<split>/<test>.parquet (schema.GAPS) and OUT/diagnostics.json, one record per split (and `pool`: every
+scored row) and test set, beside the reference's own: share of test images closer to the pool than to the reference,
+duplicate rates, median k-th neighbour, rows within delta of the hull. Unit of restart: the whole pass; it is seconds
+per ten million rows and cut.
 """
 
 from __future__ import annotations
@@ -18,12 +21,14 @@ import ray
 from clipgap_ray import rundir, schema, store
 from clipgap_ray.config.split import GapsSettings
 from clipgap_ray.embeddings import EmbeddingSet, Part
-from clipgap_ray.kernels.nearest import nearest_kept
-from clipgap_ray.stages.keep import read_split
+from clipgap_ray.kernels import kept, nearest
+from clipgap_ray.stages.keep import read_keep, read_split
 from clipgap_ray.stages.session import Progress, bounded, connect
 from clipgap_ray.stages.split import read_tau
+from clipgap_ray.stages.thresholds import nearest_in
 
 GROUP_BYTES = 1 << 27
+BEFORE = "pool"  # the pool as it was scored, before any cut
 
 
 def run(settings: GapsSettings) -> rundir.Summary:
@@ -34,65 +39,133 @@ def run(settings: GapsSettings) -> rundir.Summary:
     guarded = {
         "scores": scores["digest"],
         "splits": {name: store.sha256(store.read_bytes(uri)) for name, uri in names.items()},
+        "neighbours": settings.neighbours,
+        "deltas": settings.deltas,
+        "duplicates": settings.duplicates,
     }
     with rundir.RunDirectory(settings.out, "gaps", guarded) as directory:
         if not directory.log.records:
             tests = {name: EmbeddingSet.open(test["uri"]) for name, test in scores["tests"].items()}
-            keeps = [read_split(uri, pool) for uri in names.values()]
-            best, best_id = _pass(pool, keeps, np.concatenate([test.all_images() for test in tests.values()]))
-            _write(directory.uri, settings.scores, list(names), tests, best, best_id)
+            keeps = [_scored_rows(scores, pool), *(read_split(uri, pool) for uri in names.values())]
+            queries = nearest.Queries.stack(
+                [test.all_images() for test in tests.values()],
+                [test.all_metadata(["row_id"]).column("row_id").to_numpy() for test in tests.values()],
+                [read_tau(settings.scores, name) for name in tests],
+            )
+            left = _pass(pool, keeps, queries, settings)
+            records = []
+            for segment, (name, test) in enumerate(tests.items()):
+                at = slice(int(queries.offsets[segment]), int(queries.offsets[segment + 1]))
+                _write(directory.uri, list(names), name, test, left, queries.tau, at)
+                records += _diagnose([BEFORE, *names], name, left, queries.tau, at, settings)
+                records += _diagnose_reference(name, scores["tests"][name], queries.rows[at], settings)
+            store.write_json(directory.path("diagnostics.json"), records)
             directory.log.append([{"part": 0, "read": pool.num_rows, "kept": pool.num_rows}])
         return directory.finish({"splits": names, "scores": settings.scores})
 
 
-def _pass(pool: EmbeddingSet, keeps: list[dict[int, np.ndarray]], queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _scored_rows(scores: dict[str, Any], pool: EmbeddingSet) -> dict[int, np.ndarray]:
+    if scores["keep"]:
+        return read_keep(scores["keep"], pool)
+    return {part.number: np.ones(part.num_rows, bool) for part in pool.parts}
+
+
+def _pass(
+    pool: EmbeddingSet, keeps: list[dict[int, np.ndarray]], queries: nearest.Queries, settings: GapsSettings
+) -> kept.Kept:
     connect()
-    shared = ray.put((pool, queries))
+    shared = ray.put((pool, queries, settings))
     task = ray.remote(num_cpus=1)(_group)
     groups = list(pool.groups(GROUP_BYTES))
     progress = Progress("gaps", len(groups), "groups of parts")
-    best = np.full((len(keeps), len(queries)), -np.inf)
-    best_id = np.full((len(keeps), len(queries)), -1, np.int64)
+    left: kept.Kept | None = None
 
     def submit(group: list[Part]) -> Any:
         masks = np.stack([np.concatenate([keep[part.number] for part in group]) for keep in keeps])
         return task.remote(shared, group, masks)
 
-    for similarity, row_id in bounded(submit, groups):
-        better = (similarity > best) | ((similarity == best) & (row_id >= 0) & (row_id < best_id))
-        best[better], best_id[better] = similarity[better], row_id[better]
+    for found in bounded(submit, groups):
+        left = found if left is None else kept.merge([left, found])
         progress.advance()
     progress.close()
-    return best, best_id
+    assert left is not None  # an EmbeddingSet has at least one part
+    return left
 
 
-def _group(shared: Any, group: list[Part], masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    pool, queries = shared
+def _group(shared: Any, group: list[Part], masks: np.ndarray) -> kept.Kept:
+    pool, queries, settings = shared
     rows = np.concatenate([np.asarray(pool.images(part.number)) for part in group])
     row_ids = np.concatenate([schema.row_ids(part.number, part.num_rows) for part in group])
-    return nearest_kept(rows, row_ids, masks, queries)
+    return kept.around(rows, row_ids, masks, queries, settings.neighbours, settings.deltas)
 
 
 def _write(
-    uri: str, scores: str, names: list[str], tests: dict[str, EmbeddingSet], best: np.ndarray, best_id: np.ndarray
+    uri: str, names: list[str], test: str, rows: EmbeddingSet, left: kept.Kept, tau: np.ndarray, at: slice
 ) -> None:
-    start = 0
-    for test, rows in tests.items():
-        columns = slice(start, start + rows.num_rows)
-        start += rows.num_rows
-        own = rows.all_metadata(["row_id", "uid"])
-        tau = read_tau(scores, test)
-        for cut, name in enumerate(names):
-            similarity = best[cut, columns]
-            table = pa.table(
-                {
-                    "row_id": own.column("row_id"),
-                    "uid": own.column("uid"),
-                    "tau": tau,
-                    "similarity": similarity,
-                    "gap": np.fmax(tau, similarity),
-                    "nearest_row_id": best_id[cut, columns],
+    own = rows.all_metadata(["row_id", "uid"])
+    for cut, name in enumerate(names, 1):  # 0 is the pool before any cut: its distances are in the score tables
+        similarity = left.best[cut, at]
+        table = pa.table(
+            {
+                "row_id": own.column("row_id"),
+                "uid": own.column("uid"),
+                "tau": tau[at],
+                "similarity": similarity,
+                "gap": np.fmax(tau[at], similarity),
+                "nearest_row_id": left.best_id[cut, at],
+                "neighbour_similarities": list(left.similarities[cut, at]),
+                "within": list(left.within[cut, at]),
+            },
+            schema=schema.GAPS,
+        )
+        store.write_table(store.join(uri, name, f"{test}.parquet"), table)
+
+
+def _diagnose(
+    names: list[str], test: str, left: kept.Kept, tau: np.ndarray, at: slice, settings: GapsSettings
+) -> list[dict[str, Any]]:
+    """One record per cut: before (`pool`) and after."""
+    records = []
+    known = not np.isnan(tau[at]).any()
+    for cut, name in enumerate(names):
+        best = left.best[cut, at]
+        within = left.within[cut, at]
+        records.append(
+            {
+                "split": name,
+                "test": test,
+                "num_images": len(best),
+                **_closeness(best, left.similarities[cut, at], settings),
+                "share_closer_than_reference": float((best > tau[at]).mean()) if known else None,
+                "median_gap": _median(np.fmax(tau[at], best)),
+                "mean_rows_within": {
+                    f"{delta:g}": float(within[:, i].mean()) for i, delta in enumerate(settings.deltas) if known
                 },
-                schema=schema.GAPS,
-            )
-            store.write_table(store.join(uri, name, f"{test}.parquet"), table)
+            }
+        )
+    return records
+
+
+def _diagnose_reference(
+    test: str, described: dict[str, Any], rows: np.ndarray, settings: GapsSettings
+) -> list[dict[str, Any]]:
+    """The reference's own curves, where its embeddings were given: what density matching aims at."""
+    if not described.get("reference"):
+        return []
+    similarities, _ = nearest_in(EmbeddingSet.open(described["reference"]), rows, settings.neighbours)
+    closeness = _closeness(similarities[:, 0], similarities, settings)
+    return [{"split": "reference", "test": test, "num_images": len(rows), **closeness}]
+
+
+def _closeness(best: np.ndarray, similarities: np.ndarray, settings: GapsSettings) -> dict[str, Any]:
+    return {
+        "median_similarity": _median(best),
+        "duplicate_rate": {f"{at:g}": float((best >= at).mean()) for at in settings.duplicates},
+        "median_kth_similarity": [_median(similarities[:, j]) for j in range(similarities.shape[1])],
+    }
+
+
+def _median(values: np.ndarray) -> float | None:
+    """Median, or None where most test images have no such neighbour."""
+    middle = float(np.median(values)) if len(values) else -np.inf
+    return middle if np.isfinite(middle) else None

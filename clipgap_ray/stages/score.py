@@ -3,15 +3,20 @@
     SCORES/pool/<test>/part-00000.parquet   schema.POOL_SCORES, kept rows of the part
     SCORES/queries/<test>.parquet           schema.QUERY_SCORES
     SCORES/thresholds/<test>.parquet        schema.THRESHOLDS, readable by `--thresholds`
-    SCORES/partial/group-<n>.npz            query side of one group of parts, merged at the end
+    SCORES/partial/group-<n>.npz            query side of some groups of parts, merged at the end
 
-Test rows go to the object store once. A task reads a group of neighbouring parts, so that the query side is
-written once per group and not per part. Unit of restart: the group of parts.
+Test rows go to the object store once. A task reads a group of neighbouring parts and returns its query side; the
+driver merges query sides in memory and writes them, with the commit of their parts, only once they are below
+`QUERY_SHARE` of the embeddings read: so bytes written stay under 1 % of the bytes read, and a crash costs seconds.
+Unit of restart: that commit. Parts that join the pool later are scored alone.
 """
 
 from __future__ import annotations
 
 import io
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,21 +26,20 @@ import ray
 
 from clipgap_ray import rundir, schema, store
 from clipgap_ray.config.score import ScoreSettings
-from clipgap_ray.embeddings import EmbeddingSet, Part, check_same_encoder, identity
-from clipgap_ray.errors import ConfigError, DataError
+from clipgap_ray.embeddings import EmbeddingSet, Part
+from clipgap_ray.errors import ConfigError, DataError, StaleOutputError
 from clipgap_ray.kernels import nearest
 from clipgap_ray.stages.keep import read_keep
-from clipgap_ray.stages.session import Progress, bounded, connect
+from clipgap_ray.stages.session import Progress, bounded, connect, physical_cpus, resolve_device
+from clipgap_ray.stages.thresholds import Tests, load_tests, tau_digest, thresholds_path
 
+Keep = dict[int, np.ndarray]  # part -> (rows,) bool, True = stays
 
-@dataclass(frozen=True)
-class Tests:
-    """The test sets of a run: names, embeddings, thresholds (None without), stacked queries."""
+logger = logging.getLogger("clipgap")
 
-    names: list[str]
-    sets: list[EmbeddingSet]
-    thresholds: list[pa.Table | None]
-    queries: nearest.Queries
+QUERY_SHARE = 0.008  # of the embeddings read
+GROUP_BYTES = 1 << 28
+GROUPS_PER_CPU = 2
 
 
 def run(settings: ScoreSettings) -> rundir.Summary:
@@ -44,247 +48,290 @@ def run(settings: ScoreSettings) -> rundir.Summary:
     Raises:
         IndexMismatchError: If pool, test sets and references were not embedded by one encoder.
         DataError: If an input is missing or a thresholds file belongs to another test set.
+        StaleOutputError: If a part that is scored already has changed since.
     """
     pool = EmbeddingSet.open(settings.pool)
     tests = load_tests(settings, pool)
     keep = read_keep(settings.keep, pool) if settings.keep else None
-    provenance = {
-        "pool": pool.digest,
-        "keep": store.sha256(b"".join(keep[part].tobytes() for part in sorted(keep))) if keep else "",
-        "tests": {name: test.digest for name, test in zip(tests.names, tests.sets, strict=True)},
-        "thresholds": {n: _tau_digest(t) for n, t in zip(tests.names, tests.thresholds, strict=True)},
-        "k": settings.k,
-    }
     if settings.add:
-        return _add(settings, provenance, pool, tests, keep)
-    return _score_into(settings.out, provenance, pool, tests, keep, settings)
+        return _add(settings, pool, tests, keep)
+    summary = _score_into(settings.out, pool, tests, keep, settings)
+    _rejoin_added(settings.out)
+    return summary
 
 
-def _add(
-    settings: ScoreSettings,
-    provenance: dict[str, Any],
-    pool: EmbeddingSet,
-    tests: Tests,
-    keep: dict[int, np.ndarray] | None,
-) -> rundir.Summary:
+def _add(settings: ScoreSettings, pool: EmbeddingSet, tests: Tests, keep: Keep | None) -> rundir.Summary:
     """Score new test sets beside earlier ones: their own run directory, then their tables join the others."""
     before = rundir.read_manifest(settings.out, "score")
     repeated = set(before["tests"]) & set(tests.names)
     if repeated:
         raise ConfigError(f"{settings.out} already scores {sorted(repeated)}", hint="give the new test sets only")
     if before["pool"]["digest"] != pool.digest:
-        raise DataError(f"{settings.out} scores another pool than {settings.pool}", hint="choose another --out")
-    if before["settings"]["keep"] != provenance["keep"]:  # rows of all test sets must be the same
+        raise DataError(
+            f"{settings.out} scores another pool than {settings.pool}",
+            hint="if shards joined the pool, run `clipgap score` without --add first; else choose another --out",
+        )
+    if before["kept_rows"] != _kept_digest(keep):  # rows of all test sets must be the same
         raise DataError(
             f"{settings.out} scores other rows: --keep was {before['keep']!r}, now {settings.keep!r}",
             hint="give the same --keep, or choose another --out",
         )
     name = "add-" + "-".join(tests.names)
-    summary = _score_into(store.join(settings.out, name), provenance, pool, tests, keep, settings, tables=settings.out)
-    after = rundir.read_manifest(store.join(settings.out, name), "score")
-    before["tests"].update(after["tests"])
-    before["digest"] = store.digest([before["digest"], after["digest"]])
-    store.write_json(store.join(settings.out, "manifest.json"), before)
+    summary = _score_into(store.join(settings.out, name), pool, tests, keep, settings)
+    _rejoin_added(settings.out)
     return summary
 
 
+def _rejoin_added(out: str) -> None:
+    """Let the added test sets that score the same rows appear in the manifest; name those that lack new parts."""
+    manifest = rundir.read_manifest(out, "score")
+    manifest.update(tests=dict(manifest["own"]["tests"]), digest=manifest["own"]["digest"])
+    for name in store.list_names(out):
+        if not name.startswith("add-") or not store.exists(store.join(out, name, "manifest.json")):
+            continue
+        added = rundir.read_manifest(store.join(out, name), "score")
+        if (added["pool"]["digest"], added["kept_rows"]) == (manifest["pool"]["digest"], manifest["kept_rows"]):
+            manifest["tests"].update(added["tests"])
+            manifest["digest"] = store.digest([manifest["digest"], added["digest"]])
+            manifest["bound"] = max(manifest["bound"], added["bound"])
+        else:
+            logger.warning("%s lack the pool's new parts: `clipgap score --add` scores them", sorted(added["tests"]))
+    store.write_json(store.join(out, "manifest.json"), manifest)
+
+
 def _score_into(
-    out: str,
-    provenance: dict[str, Any],
-    pool: EmbeddingSet,
-    tests: Tests,
-    keep: dict[int, np.ndarray] | None,
-    settings: ScoreSettings,
-    tables: str = "",
+    out: str, pool: EmbeddingSet, tests: Tests, keep: Keep | None, settings: ScoreSettings
 ) -> rundir.Summary:
-    tables = tables or out
-    with rundir.RunDirectory(out, "score", provenance) as directory:
-        done = {part for record in directory.log.records.values() for part in record["parts"]}
-        left = EmbeddingSet(pool.uri, pool.manifest, [part for part in pool.parts if part.number not in done])
-        groups = list(left.groups(settings.group_bytes))
-        if groups:
-            connect()
+    """Score the parts that `out` lacks; tables go to `settings.out`, which an added set shares with the first."""
+    guarded = {
+        "tests": {name: test.digest for name, test in zip(tests.names, tests.sets, strict=True)},
+        "thresholds": {n: tau_digest(t) for n, t in zip(tests.names, tests.thresholds, strict=True)},
+        "k": settings.k,
+        "violations": settings.violations,
+    }
+    inputs = {part.number: _input_digest(part, keep) for part in pool.parts}
+    with rundir.RunDirectory(out, "score", guarded) as directory:
+        done = _scored(directory, inputs)
+        left = [part for part in pool.parts if part.number not in done]
         progress = Progress("score", len(pool.parts), "parts", done=len(done))
-        for record in _score_groups(directory.uri, tables, left, groups, tests, keep, settings.k):
-            directory.log.append([record])
-            progress.advance(len(record["parts"]), rows=record["read"])
-        progress.close()
-        partials = [_read_partial(directory.uri, group) for group in sorted(directory.log.records)]
-        found = nearest.merge(partials or [nearest.empty(len(tests.queries.rows), settings.k)])
+        query_side = _QuerySide(directory, len(tests.queries.rows), settings)
+        try:
+            for record, partial in _score_groups(pool, left, inputs, tests, keep, settings):
+                query_side.add(record, partial)
+                progress.advance(len(record["parts"]), rows=record["read"])
+        finally:
+            query_side.commit()
+            progress.close()
+        records = directory.log.records
+        found = nearest.merge([_read_partial(out, group) for group in sorted(records)] or [query_side.nothing])
         for segment, name in enumerate(tests.names):
-            _write_queries(tables, name, segment, tests, found, pool)
+            _write_queries(settings.out, name, segment, tests, found, pool)
+        files = {path: sha for record in records.values() for path, sha in record["files"].items()}
+        described = _describe(tests)
+        digest = store.digest(files)
         return directory.finish(
             {
                 "pool": {"uri": pool.uri, "digest": pool.digest, "rows": pool.num_rows},
                 "keep": settings.keep,
+                "kept_rows": _kept_digest(keep),
                 "encoder": pool.encoder,
-                "tests": {
-                    name: {
-                        "uri": test.uri,
-                        "digest": test.digest,
-                        "rows": test.num_rows,
-                        "has_tau": tests.thresholds[i] is not None,
-                    }
-                    for i, (name, test) in enumerate(zip(tests.names, tests.sets, strict=True))
-                },
-            }
+                "bound": max((record["bound"] for record in records.values()), default=0.0),
+                "tests": described,
+                "digest": digest,
+                "own": {"tests": described, "digest": digest},
+            },
+            embedding_bytes=sum(record["bytes"] for record in records.values()),
+            query_bytes=sum(record["query_bytes"] for record in records.values()),
         )
 
 
-# --- test sets and thresholds ----------------------------------------------------------------------------
+def _input_digest(part: Part, keep: Keep | None) -> str:
+    """Name what a part's scores depend on, so that a part that changed is noticed and a new one is welcome."""
+    return store.digest([part.files, "" if keep is None else store.sha256(np.packbits(keep[part.number]).tobytes())])
 
 
-def load_tests(settings: ScoreSettings, pool: EmbeddingSet) -> Tests:
-    """Open the test sets and find their thresholds, from references or from files."""
-    named = schema.named(settings.test, "--test")
-    sets = [EmbeddingSet.open(uri) for uri in named.values()]
-    for name, test in zip(named, sets, strict=True):
-        check_same_encoder(pool.encoder, test.encoder, (f"pool {pool.uri}", f"test set {name}"))
-    references = _per_test(settings.reference, list(named), "--reference")
-    files = _per_test(settings.thresholds, list(named), "--thresholds")
-    thresholds: list[pa.Table | None] = []
-    for name, test in zip(named, sets, strict=True):
-        if name in files:
-            thresholds.append(read_thresholds(files[name], test))
-        elif name in references:
-            thresholds.append(compute_thresholds(EmbeddingSet.open(references[name]), test, name))
-        else:
-            thresholds.append(None)
-    rows = [test.all_images() for test in sets]
-    ids = [test.all_metadata(["row_id"]).column("row_id").to_numpy() for test in sets]
-    tau = [
-        np.full(len(r), np.nan) if t is None else t.column("tau").to_numpy()
-        for r, t in zip(rows, thresholds, strict=True)
-    ]
-    return Tests(list(named), sets, thresholds, nearest.Queries.stack(rows, ids, tau))
+def _kept_digest(keep: Keep | None) -> str:
+    return store.sha256(b"".join(keep[part].tobytes() for part in sorted(keep))) if keep else ""
 
 
-def _per_test(words: tuple[str, ...], tests: list[str], what: str) -> dict[str, str]:
-    """Read `PATH` (for all test sets) or `NAME=PATH` words."""
-    if len(words) == 1 and "=" not in words[0]:
-        return dict.fromkeys(tests, words[0])
-    result = schema.named(words, what)
-    unknown = set(result) - set(tests)
-    if unknown:
-        raise ConfigError(f"{what} names {sorted(unknown)}, which --test does not", hint=f"test sets: {tests}")
-    return result
+def _scored(directory: rundir.RunDirectory, inputs: dict[int, str]) -> set[int]:
+    """Return the parts that are scored; refuse if one of them is no longer what was scored."""
+    before = {int(p): digest for record in directory.log.records.values() for p, digest in record["inputs"].items()}
+    changed = sorted(part for part, digest in before.items() if inputs.get(part) != digest)
+    if changed:
+        raise StaleOutputError(
+            f"{directory.uri} scores other rows: {len(changed)} of {len(before)} scored parts of the pool or of --keep "
+            f"have changed since (first: part {changed[0]})",
+            hint="choose another --out; only parts that are new may join an output",
+        )
+    return set(before)
 
 
-def compute_thresholds(reference: EmbeddingSet, test: EmbeddingSet, name: str) -> pa.Table:
-    """Return `schema.THRESHOLDS`: every test row's exact similarity to its nearest reference row."""
-    check_same_encoder(reference.encoder, test.encoder, (f"reference {reference.uri}", f"test set {name}"))
-    rows = test.all_images()
-    blocks = ((np.asarray(reference.images(p.number)), schema.row_ids(p.number, p.num_rows)) for p in reference.parts)
-    similarity, row_ids = nearest.nearest(rows, blocks, 1)
-    meta = reference.all_metadata(["row_id", "uid"])
-    uid_of = dict(zip(meta.column("row_id").to_pylist(), meta.column("uid").to_pylist(), strict=True))
-    own = test.all_metadata(["row_id", "uid"])
-    table = pa.table(
-        {
-            "row_id": own.column("row_id"),
-            "uid": own.column("uid"),
-            "tau": similarity[:, 0],
-            "reference_uid": [uid_of[i] for i in row_ids[:, 0].tolist()],
-        },
-        schema=schema.THRESHOLDS,
-    )
-    return table.replace_schema_metadata(_threshold_marks(test, reference.digest))
-
-
-def _threshold_marks(test: EmbeddingSet, reference: str) -> dict[str, str]:
-
+def _describe(tests: Tests) -> dict[str, dict[str, Any]]:
     return {
-        "clipgap.encoder": store.digest(identity(test.encoder)),
-        "clipgap.test": test.digest,
-        "clipgap.reference": reference,
+        name: {
+            "uri": test.uri,
+            "digest": test.digest,
+            "rows": test.num_rows,
+            "has_tau": thresholds is not None,
+            "reference": reference,
+        }
+        for name, test, thresholds, reference in zip(
+            tests.names, tests.sets, tests.thresholds, tests.references, strict=True
+        )
     }
-
-
-def read_thresholds(uri: str, test: EmbeddingSet) -> pa.Table:
-    """Read a thresholds file and check that it is for these test rows and this encoder.
-
-    Raises:
-        DataError: If it belongs to another test set or encoder, or has other columns.
-    """
-    table = store.read_table(uri)
-    missing = [name for name in schema.THRESHOLDS.names if name not in table.column_names]
-    if missing:
-        raise DataError(f"{uri} is no thresholds file: columns {missing} are missing")
-    marks = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-    expected = _threshold_marks(test, "")
-    for key, what in (("clipgap.test", "test set"), ("clipgap.encoder", "encoder")):
-        if marks.get(key) != expected[key]:
-            raise DataError(
-                f"{uri} holds thresholds of another {what} than {test.uri}",
-                hint="compute them with `clipgap score --reference EMB`, or embed the test set as its maker did",
-            )
-    return table.select(schema.THRESHOLDS.names).cast(schema.THRESHOLDS)
-
-
-def _tau_digest(table: pa.Table | None) -> str:
-    return "" if table is None else store.sha256(table.column("tau").to_numpy().tobytes())
 
 
 # --- the pass --------------------------------------------------------------------------------------------
 
 
+class _QuerySide:
+    """Query sides of finished groups, merged in memory, written once they are a small share of what was read."""
+
+    def __init__(self, directory: rundir.RunDirectory, num_queries: int, settings: ScoreSettings) -> None:
+        self.nothing = nearest.empty(num_queries, settings.k)
+        self._directory = directory
+        self._commit_bytes = len(_npz(self.nothing)) / (settings.query_share or QUERY_SHARE)
+        self._merged = self.nothing
+        self._records: list[dict[str, Any]] = []
+
+    def add(self, record: dict[str, Any], partial: nearest.QueryNearest) -> None:
+        """Take a finished group; commit what has gathered when it is enough."""
+        self._merged = nearest.merge([self._merged, partial])
+        self._records.append(record)
+        if sum(record["bytes"] for record in self._records) >= self._commit_bytes:
+            self.commit()
+
+    def commit(self) -> None:
+        """Write the merged query side and commit its parts; nothing gathered, nothing written."""
+        if not self._records:
+            return
+        parts = sorted(part for record in self._records for part in record["parts"])
+        data = _npz(self._merged)
+        store.write_bytes(_partial_path(self._directory.uri, parts[0]), data)
+        read, kept = (sum(record[name] for record in self._records) for name in ("read", "kept"))
+        self._directory.log.append(
+            [
+                {
+                    "part": parts[0],
+                    "parts": parts,
+                    "inputs": {key: value for record in self._records for key, value in record["inputs"].items()},
+                    "read": read,
+                    "kept": kept,
+                    "dropped": {"not_kept": read - kept} if read != kept else {},
+                    "bytes": sum(record["bytes"] for record in self._records),
+                    "query_bytes": len(data),
+                    "bound": max(record["bound"] for record in self._records),
+                    "files": {key: value for record in self._records for key, value in record["files"].items()},
+                }
+            ]
+        )
+        self._merged, self._records = self.nothing, []
+
+
+def _npz(found: nearest.QueryNearest) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **found.__dict__)
+    return buffer.getvalue()
+
+
 def _score_groups(
-    uri: str,
-    tables: str,
     pool: EmbeddingSet,
-    groups: list[list[Part]],
+    parts: list[Part],
+    inputs: dict[int, str],
     tests: Tests,
-    keep: dict[int, np.ndarray] | None,
-    k: int,
-) -> Any:
-    if not groups:
+    keep: Keep | None,
+    settings: ScoreSettings,
+) -> Iterator[tuple[dict[str, Any], nearest.QueryNearest]]:
+    """Yield (counts and files, query side) of groups of parts as their tasks finish."""
+    if not parts:
         return
-    task = ray.remote(num_cpus=1)(_score_group)
-    shared = ray.put((pool, tests.names, tests.queries))
+    connect()
+    device = resolve_device(settings.device)
+    left = EmbeddingSet(pool.uri, pool.manifest, parts)
+    groups = list(left.groups(settings.group_bytes or _group_bytes(left)))
+    task = ray.remote(num_cpus=1, num_gpus=1 if device == "cuda" else 0)(_score_group)
+    shared = ray.put(Shared(settings.out, left, tests.names, tests.queries, settings.k, settings.violations, device))
 
     def submit(group: list[Part]) -> Any:
         masks = {part.number: keep[part.number] for part in group} if keep is not None else None
-        return task.remote(uri, tables, shared, group, masks, k)
+        return task.remote(shared, group, {str(part.number): inputs[part.number] for part in group}, masks)
 
     yield from bounded(submit, groups)
 
 
+def _group_bytes(pool: EmbeddingSet) -> int:
+    """256 MB a task; less where that would leave cores without work."""
+    return max(1, min(GROUP_BYTES, pool.num_rows * pool.dim * 2 // (GROUPS_PER_CPU * physical_cpus())))
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What every task of a pass needs; in the object store once."""
+
+    out: str
+    pool: EmbeddingSet
+    names: list[str]
+    queries: nearest.Queries
+    k: int
+    violations: bool
+    device: str
+
+
 def _score_group(
-    uri: str, tables: str, shared: Any, group: list[Part], keep: dict[int, np.ndarray] | None, k: int
-) -> dict[str, Any]:
-    """Score one group of parts: write its pool tables and its query side, return the commit record."""
-    pool, names, queries = shared
-    partial = nearest.empty(len(queries.rows), k)
+    shared: Shared, group: list[Part], inputs: dict[str, str], keep: Keep | None
+) -> tuple[dict[str, Any], nearest.QueryNearest]:
+    """Score one group of parts: write its pool tables, return their record and the group's query side."""
+    one = nearest.begin(shared.queries, shared.k, violations=shared.violations, device=shared.device)
     files: dict[str, str] = {}
     read = kept = 0
-    for part in group:
-        mask = np.ones(part.num_rows, bool) if keep is None else keep[part.number]
-        rows = np.asarray(pool.images(part.number))[mask]
-        row_ids = schema.row_ids(part.number, part.num_rows)[mask]
-        scores, found = nearest.score(rows, row_ids, queries, k)
-        partial = nearest.merge([partial, found])
-        uids = pool.metadata(part.number, ["uid"]).column("uid").filter(pa.array(mask))
-        for segment, name in enumerate(names):
-            data = store.table_bytes(_pool_table(scores, segment, row_ids, uids, queries))
+    for part, rows, row_ids, uids in _read_ahead(shared.pool, group, keep):
+        scores = one.feed(rows, row_ids)
+        for segment, name in enumerate(shared.names):
+            data = store.table_bytes(_pool_table(scores, segment, row_ids, uids, shared.queries))
             path = f"pool/{name}/part-{part.number:05d}.parquet"
-            store.write_bytes(store.join(tables, path), data)
+            store.write_bytes(store.join(shared.out, path), data)
             files[path] = store.sha256(data)
         read += part.num_rows
         kept += len(rows)
-    first = group[0].number
-    buffer = io.BytesIO()
-    np.savez(buffer, **partial.__dict__)
-    store.write_bytes(_partial_path(uri, first), buffer.getvalue())
-    dropped = {"not_kept": read - kept} if read != kept else {}
-    parts = [part.number for part in group]
-    return {"part": first, "parts": parts, "read": read, "kept": kept, "dropped": dropped, "files": files}
+    return {
+        "parts": [part.number for part in group],
+        "inputs": inputs,
+        "read": read,
+        "kept": kept,
+        "bytes": 2 * shared.pool.dim * read,
+        "bound": one.bound,
+        "files": files,
+    }, one.found()
+
+
+def _read_ahead(
+    pool: EmbeddingSet, group: list[Part], keep: Keep | None
+) -> Iterator[tuple[Part, np.ndarray, np.ndarray, pa.ChunkedArray]]:
+    """Yield (part, kept rows, their row ids, their uids), reading the next part while this one is computed."""
+
+    def read(part: Part) -> tuple[np.ndarray, np.ndarray, pa.ChunkedArray]:
+        rows, row_ids = pool.images(part.number), schema.row_ids(part.number, part.num_rows)
+        uids = pool.metadata(part.number, ["uid"]).column("uid")
+        if keep is None:
+            return np.array(rows), row_ids, uids  # a copy: a memory map would be read inside the product
+        mask = keep[part.number]
+        return np.asarray(rows)[mask], row_ids[mask], uids.filter(pa.array(mask))
+
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(read, group[0])
+        for part, following in zip(group, [*group[1:], None], strict=True):
+            rows, row_ids, uids = coming.result()
+            if following is not None:
+                coming = reader.submit(read, following)
+            yield part, rows, row_ids, uids
 
 
 def _pool_table(
     scores: nearest.PoolScores, segment: int, row_ids: np.ndarray, uids: Any, queries: nearest.Queries
 ) -> pa.Table:
     ids = np.append(queries.row_ids, -1)  # position -1 (an empty test set) maps to row id -1
-    return pa.table(
+    table = pa.table(
         {
             "row_id": row_ids,
             "uid": uids,
@@ -295,6 +342,12 @@ def _pool_table(
         },
         schema=schema.POOL_SCORES,
     )
+    if scores.violations is None:
+        return table
+    return table.append_column(schema.VIOLATIONS, pa.array(scores.violations[:, segment]))
+
+
+# --- the query side --------------------------------------------------------------------------------------
 
 
 def _partial_path(uri: str, group: int) -> str:
@@ -307,13 +360,12 @@ def _read_partial(uri: str, group: int) -> nearest.QueryNearest:
 
 
 def _write_queries(
-    tables: str, name: str, segment: int, tests: Tests, found: nearest.QueryNearest, pool: EmbeddingSet
+    out: str, name: str, segment: int, tests: Tests, found: nearest.QueryNearest, pool: EmbeddingSet
 ) -> None:
     rows = slice(int(tests.queries.offsets[segment]), int(tests.queries.offsets[segment + 1]))
     own = tests.sets[segment].all_metadata(["row_id", "uid"])
     tau = tests.thresholds[segment]
-    known = [i for i in found.best_id[rows].tolist() if i >= 0]
-    uid_of = uids_of(pool, np.array(known, np.int64))
+    uid_of = pool.uids_of(found.best_id[rows])
     table = pa.table(
         {
             "row_id": own.column("row_id"),
@@ -327,17 +379,6 @@ def _write_queries(
         },
         schema=schema.QUERY_SCORES,
     )
-    store.write_table(store.join(tables, "queries", f"{name}.parquet"), table)
+    store.write_table(store.join(out, "queries", f"{name}.parquet"), table)
     if tau is not None:
-        store.write_table(store.join(tables, "thresholds", f"{name}.parquet"), tau)
-
-
-def uids_of(pool: EmbeddingSet, row_ids: np.ndarray) -> dict[int, str]:
-    """Return the uids of some pool rows, reading only the parts they lie in."""
-    parts, positions = schema.split_row_ids(np.unique(row_ids))
-    result: dict[int, str] = {}
-    for part in np.unique(parts).tolist():
-        inside = positions[parts == part]
-        uids = pool.metadata(part, ["uid"]).column("uid").take(pa.array(inside)).to_pylist()
-        result.update(zip(((part << 32) | inside).tolist(), uids, strict=True))
-    return result
+        store.write_table(thresholds_path(out, name), tau)

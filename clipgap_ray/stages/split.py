@@ -17,11 +17,13 @@ import numpy as np
 import pyarrow as pa
 
 from clipgap_ray import __version__, rundir, schema, store
-from clipgap_ray.config.split import AnySplit, Core, Far, GapMatch, Near, Random, Threshold
+from clipgap_ray.config.split import AnySplit, Core, DensityMatch, Far, GapMatch, Near, Random, Score, Threshold
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import ConfigError
 from clipgap_ray.kernels import splits
 from clipgap_ray.kernels.vectors import error_bound, exact_matrix
+from clipgap_ray.stages.columns import read_column
+from clipgap_ray.stages.density import edges_outside_the_hull
 from clipgap_ray.stages.keep import bitmap_bytes, bitmap_path
 
 RESCORE_BLOCK = 4096
@@ -112,7 +114,7 @@ def open_table(scores: str, tests: tuple[str, ...]) -> Table:
     if not rows.num_rows:
         raise ConfigError(f"{scores} scores no pool row: there is nothing to split")
     uids, position = splits.unique_uids(schema.pack_uids(rows.column("uid")))
-    bound = error_bound(int(manifest["encoder"]["dim"]))
+    bound = manifest.get("bound") or error_bound(int(manifest["encoder"]["dim"]))
     return Table(scores, manifest, rows.column("row_id").to_numpy(), uids, position, bound)
 
 
@@ -146,7 +148,41 @@ def select(settings: AnySplit, table: Table) -> np.ndarray:
         band = np.nonzero(np.abs(m - settings.max_similarity) <= table.bound)[0]
         m[band] = table.exact(band, settings.test, margin=False)
         return m < settings.max_similarity
+    if isinstance(settings, Score):
+        return _by_column(settings, table)
+    if isinstance(settings, DensityMatch):
+        return _density_match(settings, table)
     return np.ones(table.num_uids, bool)
+
+
+# DataComp's rules of `basic` as (column, least, most); its language rule needs a model and is left out.
+BASIC = (("caption_words", 3, np.inf), ("caption_chars", 6, np.inf), ("min_side", 201, np.inf),
+         ("aspect_ratio", 0, np.nextafter(3.0, 0)))  # fmt: skip
+
+
+def _by_column(settings: Score, table: Table) -> np.ndarray:
+    """Copies of a uid stand by their best value where the best are kept, and fall together where rules decide."""
+    pool = EmbeddingSet.open(table.manifest["pool"]["uri"])
+
+    def per_uid(column: str) -> np.ndarray:
+        values = read_column(pool, column, table.row_ids)
+        # NaN (no caption, no score) fails every rule: below any number.
+        return splits.max_per_uid(np.where(np.isnan(values), -np.inf, values), table.position, table.num_uids)
+
+    if settings.preset == "basic":
+        checks = [(per_uid(column), least, most) for column, least, most in BASIC]
+        return np.logical_and.reduce([(values >= least) & (values <= most) for values, least, most in checks])
+    values = per_uid(settings.column or "clip_score")
+    if settings.min is not None or settings.max is not None:
+        least = -np.finfo(np.float64).max if settings.min is None else settings.min
+        return (values >= least) & (values <= (np.inf if settings.max is None else settings.max))
+    return splits.keep_most(values, splits.parse_size(settings.size or "0.3", table.num_uids))
+
+
+def _density_match(settings: DensityMatch, table: Table) -> np.ndarray:
+    items, queries, similarity, reference = edges_outside_the_hull(table, settings.test, settings.neighbours)
+    order = np.random.default_rng(settings.seed).permutation(table.num_uids)
+    return splits.density_match(order, items, queries, similarity, reference)
 
 
 def _gap_match(settings: GapMatch, table: Table) -> np.ndarray:

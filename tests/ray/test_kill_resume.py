@@ -140,7 +140,9 @@ def test_embed(drive: Any, tiny_world: made.World, tiny_embeddings: dict[str, st
 
 
 def test_score(drive: Any, tiny_embeddings: dict[str, str], tiny_scores: str, tmp_path: Path) -> None:
-    settings = ScoreSettings(**made.score_words(tiny_embeddings), out=str(tmp_path / "s"), group_bytes=1)
+    settings = ScoreSettings(
+        **made.score_words(tiny_embeddings), out=str(tmp_path / "s"), group_bytes=1, query_share=1e9
+    )
     assert kill_then_resume(drive, score, settings) == 1
     for kind in ("pool", "queries", "thresholds"):
         assert made.files_below(str(tmp_path / "s" / kind)) == made.files_below(f"{tiny_scores}/{kind}")

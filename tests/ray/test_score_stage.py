@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from clipgap_ray.errors import ConfigError, DataError, IndexMismatchError, Stale
 from clipgap_ray.kernels.vectors import error_bound
 from clipgap_ray.stages import dedup, score
 from tests import made, twins
-from tests.index_fixture import FINGERPRINT, unit_rows, write_embeddings
+from tests.index_fixture import DIM, FINGERPRINT, unit_rows, write_embeddings
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -93,7 +94,7 @@ def test_the_nearest_row_of_a_leaked_image_has_exactly_its_bytes(
 def test_groups_do_not_change_a_byte(
     tiny_embeddings: dict[str, str], tiny_scores: str, tmp_path: Path, group_bytes: int
 ) -> None:
-    run(made.score_words(tiny_embeddings), tmp_path / "s", group_bytes=group_bytes)
+    run(made.score_words(tiny_embeddings), tmp_path / "s", group_bytes=group_bytes, query_share=1e9)
     assert outputs(tmp_path / "s") == outputs(Path(tiny_scores))
     groups = len(rundir.CommitLog(str(tmp_path / "s")).records)
     assert groups == 1 if group_bytes > 1e6 else 1 < groups < 11
@@ -102,9 +103,9 @@ def test_groups_do_not_change_a_byte(
 def test_adding_test_sets_equals_scoring_them_together(
     tiny_embeddings: dict[str, str], tiny_scores: str, tmp_path: Path
 ) -> None:
-    run(made.score_words(tiny_embeddings, ("val",)), tmp_path / "s", group_bytes=1)
+    run(made.score_words(tiny_embeddings, ("val",)), tmp_path / "s", group_bytes=1, query_share=1e9)
     before = made.stamps_below(str(tmp_path / "s" / "pool" / "val"))
-    run(made.score_words(tiny_embeddings, ("sketch", "r")), tmp_path / "s", group_bytes=1, add=True)
+    run(made.score_words(tiny_embeddings, ("sketch", "r")), tmp_path / "s", group_bytes=1, query_share=1e9, add=True)
     assert outputs(tmp_path / "s") == outputs(Path(tiny_scores))
     assert made.stamps_below(str(tmp_path / "s" / "pool" / "val")) == before
     manifests = [rundir.read_manifest(uri, "score")["tests"] for uri in (str(tmp_path / "s"), tiny_scores)]
@@ -125,7 +126,7 @@ def test_thresholds_of_one_run_serve_another(tiny_embeddings: dict[str, str], ti
     words = made.score_words(tiny_embeddings, ("val", "sketch"))
     del words["reference"]
     files = tuple(f"{name}={tiny_scores}/thresholds/{name}.parquet" for name in ("val", "sketch"))
-    run(words, tmp_path / "s", thresholds=files, group_bytes=1)
+    run(words, tmp_path / "s", thresholds=files, group_bytes=1, query_share=1e9)
     for name in ("val", "sketch"):
         assert pool_table(str(tmp_path / "s"), name).equals(pool_table(tiny_scores, name))
     swapped = (f"val={tiny_scores}/thresholds/sketch.parquet",)
@@ -142,7 +143,7 @@ def test_without_thresholds_margins_are_nan_and_m_is_not(
 ) -> None:
     words = made.score_words(tiny_embeddings, ("val", "r"))
     words["reference"] = (f"r={tiny_embeddings['reference']}",)
-    run(words, tmp_path / "s", group_bytes=1)
+    run(words, tmp_path / "s", group_bytes=1, query_share=1e9)
     val = pool_table(str(tmp_path / "s"), "val")
     assert np.isnan(val.column("margin").to_numpy()).all()
     assert val.column("m").equals(pool_table(tiny_scores, "val").column("m"))
@@ -188,3 +189,70 @@ def test_another_encoder_on_either_side_is_refused(
                   {**made.score_words(tiny_embeddings, ("val",)), "reference": (other,)}):  # fmt: skip
         with pytest.raises(IndexMismatchError, match="weights_sha256 is "):
             run(words, tmp_path / "s")
+
+
+# --- the query side is written rarely ---------------------------------------------------------------------
+
+
+def test_query_side_bytes_stay_below_one_percent_of_the_embeddings_read(tmp_path: Path) -> None:
+    """Forty groups: the running lists are written whenever they are a small share of what was read, not per group."""
+    pool = write_embeddings(tmp_path / "pool", [unit_rows(1000, seed) for seed in range(40)])
+    test = write_embeddings(tmp_path / "test", [unit_rows(20, 99)])
+    summary = run({"pool": pool, "test": (f"t={test}",), "k": 10}, tmp_path / "s", group_bytes=1)
+    written = sum(path.stat().st_size for path in (tmp_path / "s" / "partial").iterdir())
+    read = summary.extra["embedding_bytes"]
+    assert read == 40 * 1000 * DIM * 2
+    assert summary.extra["query_bytes"] == written
+    assert 0 < written < 0.01 * read
+    assert len(rundir.CommitLog(str(tmp_path / "s")).records) > 5  # and not only once at the end
+
+
+# --- pools that grow ---------------------------------------------------------------------------------------
+
+
+def grown_pool(folder: Path, parts: int, seed: int = 0) -> str:
+    """A pool of a number of parts; the same seed gives the same first parts."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return write_embeddings(folder, [unit_rows(30, seed + i) for i in range(parts)])
+
+
+def test_parts_that_join_the_pool_are_scored_alone(tmp_path: Path) -> None:
+    tests = [write_embeddings(tmp_path / f"test-{name}", [unit_rows(9, 50 + i)]) for i, name in enumerate("ab")]
+    words = {"pool": grown_pool(tmp_path / "pool", 3), "test": (f"a={tests[0]}",), "k": 4, "reference": (tests[1],)}
+    run(words, tmp_path / "s")
+    run({**words, "test": (f"b={tests[1]}",)}, tmp_path / "s", add=True)
+    before = made.stamps_below(str(tmp_path / "s" / "pool" / "a"))
+    grown_pool(tmp_path / "pool", 5)
+    summary = run(words, tmp_path / "s")
+    after = made.stamps_below(str(tmp_path / "s" / "pool" / "a"))
+    assert {name: after[name] for name in before} == before
+    assert len(after) == 5
+    assert summary.read == 150
+    assert sorted(rundir.read_manifest(str(tmp_path / "s"), "score")["tests"]) == ["a"]  # b lacks the new parts
+    run({**words, "test": (f"b={tests[1]}",)}, tmp_path / "s", add=True)
+    for name, test in zip("ab", tests, strict=True):  # one at a time: the product's last bits depend on its shape
+        run({**words, "test": (f"{name}={test}",)}, tmp_path / name)
+        expected = outputs(tmp_path / name)
+        assert {path: outputs(tmp_path / "s")[path] for path in expected} == expected
+    assert sorted(rundir.read_manifest(str(tmp_path / "s"), "score")["tests"]) == ["a", "b"]
+
+
+def test_a_scored_part_that_changed_is_refused(tmp_path: Path) -> None:
+    test = write_embeddings(tmp_path / "test", [unit_rows(9, 50)])
+    words = {"pool": grown_pool(tmp_path / "pool", 3), "test": (f"a={test}",), "k": 4}
+    run(words, tmp_path / "s")
+    grown_pool(tmp_path / "pool", 4, seed=1)
+    with pytest.raises(StaleOutputError, match=r"scores other rows: 3 of 3 scored parts"):
+        run(words, tmp_path / "s")
+
+
+def test_violations_are_counted_exactly(tiny_embeddings: dict[str, str], tiny_scores: str, tmp_path: Path) -> None:
+    run(made.score_words(tiny_embeddings, ("val",)), tmp_path / "s", violations=True)
+    table = pool_table(str(tmp_path / "s"), "val")
+    rows = EmbeddingSet.open(tiny_embeddings["pool"]).all_images()
+    tests = EmbeddingSet.open(tiny_embeddings["val"]).all_images()
+    tau = store.read_table(f"{tiny_scores}/queries/val.parquet").column("tau").to_numpy()
+    expected = (twins.similarities(rows, tests) > tau).sum(axis=1)
+    assert table.column("violations").to_pylist() == expected.tolist()
+    assert 0 < (expected > 0).mean() < 1
+    assert table.drop_columns("violations").equals(pool_table(tiny_scores, "val"))

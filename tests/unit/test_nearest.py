@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipgap_ray.kernels import nearest
+from clipgap_ray.kernels import kept, nearest
+from clipgap_ray.kernels.nearest_torch import TorchPass
 from clipgap_ray.kernels.vectors import error_bound
 from tests import made, twins
 
@@ -159,24 +160,6 @@ def test_k_nearest_over_blocks_equal_brute_force(seed: int, num_rows: int, k: in
     assert np.array_equal(row_ids, expected_ids)
 
 
-@pytest.mark.parametrize("block", [5, 512])
-@given(seed=SEEDS, num_rows=st.integers(0, 40), cuts=st.integers(1, 4), make=ROWS)
-def test_nearest_kept_equals_brute_force_on_every_cut(
-    block: int, seed: int, num_rows: int, cuts: int, make: object
-) -> None:
-    rows, ids = make(num_rows, DIM, seed), shuffled_ids(num_rows, seed)  # type: ignore[operator]
-    keeps = np.random.default_rng(seed).random((cuts, num_rows)) < 0.3
-    keeps[0] = False  # a cut that keeps nothing
-    queries = make(6, DIM, seed + 1)  # type: ignore[operator]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nearest, "BLOCK_ROWS", block)
-        best, best_id = nearest.nearest_kept(rows, ids, keeps, queries)
-    for cut, keep in enumerate(keeps):
-        expected, expected_id = twins.nearest(queries, rows[keep], ids[keep], 1)
-        assert np.array_equal(best[cut], expected[:, 0])
-        assert np.array_equal(best_id[cut], expected_id[:, 0])
-
-
 def test_kernels_leave_their_arguments_alone() -> None:
     rows, ids = made.unit_rows(20, DIM, 0), np.arange(20, dtype=np.int64)
     queries, _, _ = stacked([3], made.unit_rows, 1)
@@ -185,4 +168,55 @@ def test_kernels_leave_their_arguments_alone() -> None:
         array.flags.writeable = False  # a write would raise
     _, found = nearest.score(rows, ids, queries, 2)
     nearest.merge([found, found])
-    nearest.nearest_kept(rows, ids, np.ones((1, 20), bool), queries.rows)
+    kept.around(rows, ids, np.ones((1, 20), bool), queries, 2, (0.1,))
+    nearest.above(rows, queries.rows, np.zeros(3))
+
+
+# --- a pass in portions, on either device ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "torch"])
+@given(sizes=SIZES, seed=SEEDS, cuts=st.lists(st.integers(0, 40), max_size=3), make=ROWS)
+def test_a_pass_in_portions_equals_the_definitions(
+    device: str, sizes: tuple[int, list[int], int], seed: int, cuts: list[int], make: object
+) -> None:
+    num_rows, counts, k = sizes
+    rows, ids = make(num_rows, DIM, seed), shuffled_ids(num_rows, seed)  # type: ignore[operator]
+    queries, sets, tau = stacked(counts, make, seed)
+    if device == "torch":  # the GPU's code on a CPU: same formulas, same order of ties
+        one: nearest.Pass = TorchPass(queries, k, violations=True, device="cpu")
+        one.block_rows = 7
+    else:
+        one = nearest.begin(queries, k, violations=True)
+    bounds = [0, *sorted(min(cut, num_rows) for cut in cuts), num_rows]
+    portions = [one.feed(rows[a:b], ids[a:b]) for a, b in itertools.pairwise(bounds)]
+    found = one.found()
+    m, margin, violations = (
+        np.concatenate([getattr(portion, name) for portion in portions]) for name in ("m", "margin", "violations")
+    )
+    for segment, test in enumerate(sets):
+        at = slice(int(queries.offsets[segment]), int(queries.offsets[segment + 1]))
+        exact = twins.similarities(rows, test) if num_rows else np.zeros((0, len(test)))
+        expected_m, expected_margin = twins.pool_scores(rows, test, tau[at]) if num_rows else (m[:, 0], margin[:, 0])
+        assert np.abs(m[:, segment] - expected_m).max(initial=0) <= one.bound
+        assert np.abs(margin[:, segment] - expected_margin).max(initial=0) <= 2 * one.bound
+        assert violations[:, segment].tolist() == (exact > tau[at]).sum(axis=1).tolist()  # exact, not within a bound
+    best, best_id = twins.nearest(queries.rows, rows, ids, max(k, 1))
+    assert np.array_equal(found.best, best[:, 0])
+    assert np.array_equal(found.best_id, best_id[:, 0])
+    finite = np.isfinite(best)
+    assert np.array_equal(found.row_ids >= 0, finite)
+    assert np.abs(found.similarities[finite] - best[finite]).max(initial=0) <= one.bound
+
+
+@given(seed=SEEDS, num_rows=st.integers(0, 60), make=ROWS)
+def test_pairs_above_a_floor_are_exact(seed: int, num_rows: int, make: object) -> None:
+    rows, queries = make(num_rows, DIM, seed), make(5, DIM, seed + 1)  # type: ignore[operator]
+    exact = twins.similarities(rows, queries) if num_rows else np.zeros((0, 5))
+    # floors that are some row's own similarity: strictly above excludes that row
+    floor = np.sort(exact, axis=0)[num_rows // 2] if num_rows else np.zeros(5)
+    row, query, similarity = nearest.above(rows, queries, floor)
+    assert set(zip(row.tolist(), query.tolist(), strict=True)) == set(
+        zip(*(axis.tolist() for axis in np.nonzero(exact > floor)), strict=True)
+    )
+    assert np.array_equal(similarity, exact[row, query])

@@ -101,3 +101,31 @@ def test_core_policies_by_hand() -> None:
 
 def test_zscore_of_a_constant_set_is_zero_not_a_division_error() -> None:
     assert splits.merge_scores(np.array([[0.5, 0.5], [0.1, 0.3]]), "zscore").tolist() == [0.0, pytest.approx(1.0)]
+
+
+# --- density matching ------------------------------------------------------------------------------------
+
+
+def dense(order: list[int], similarity: np.ndarray, reference: np.ndarray) -> list[bool]:
+    """The slow twin: admit a row if every query's list stays below the reference's curve, place by place."""
+    kept: list[int] = []
+    for item in order:
+        lists = -np.sort(-similarity[[*kept, item]], axis=0)[: reference.shape[1]]
+        if (reference[:, : len(lists)] >= lists.T).all():
+            kept.append(item)
+    return [item in kept for item in range(len(order))]
+
+
+@given(seed=st.integers(0, 10_000), num=st.integers(0, 25), k=st.integers(1, 4), ties=st.booleans())
+def test_density_matching_equals_the_slow_twin_and_bounds_every_curve(seed: int, num: int, k: int, ties: bool) -> None:
+    rng = np.random.default_rng(seed)
+    similarity = rng.integers(0, 6, (num, 4)) / 8 if ties else rng.random((num, 4))
+    reference = -np.sort(-(rng.integers(0, 6, (4, k)) / 8 if ties else rng.random((4, k))), axis=1)
+    order = rng.permutation(num)
+    items, queries = np.nonzero(similarity > reference[:, -1])
+    keep = splits.density_match(order, items, queries, similarity[items, queries], reference)
+    assert keep.tolist() == dense(order.tolist(), similarity, reference)
+    gap_matched = (similarity <= reference[:, 0]).all(axis=1) if num else keep
+    assert not (keep & ~gap_matched).any()  # never keeps what gap matching removes
+    if k == 1:
+        assert np.array_equal(keep, gap_matched)
