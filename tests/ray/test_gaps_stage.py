@@ -64,6 +64,38 @@ def test_gaps_equal_brute_force_and_the_matched_gap_equals_tau(
     assert made.stamps_below(f"{out}/matched") == before
 
 
+def test_diagnostics_say_what_is_left_around_the_test_images(
+    tiny_embeddings: dict[str, str], tiny_scores: str, cuts: list[str], tmp_path: Path
+) -> None:
+    out = str(tmp_path / "gaps")
+    settings = GapsSettings(
+        pool=tiny_embeddings["pool"], scores=tiny_scores, split=tuple(cuts), out=out, neighbours=3, deltas=(0.0, 0.1),
+        duplicates=(0.95,),
+    )  # fmt: skip
+    gaps.run(settings)
+    records = {(r["split"], r["test"]): r for r in store.read_json(f"{out}/diagnostics.json")}
+    pool = EmbeddingSet.open(tiny_embeddings["pool"])
+    reference = EmbeddingSet.open(tiny_embeddings["reference"]).all_images()
+    tests = EmbeddingSet.open(tiny_embeddings["val"]).all_images()
+    to_pool, to_reference = twins.similarities(tests, pool.all_images()), twins.similarities(tests, reference)
+    tau, best = to_reference.max(axis=1), to_pool.max(axis=1)
+    before, own = records["pool", "val"], records["reference", "val"]
+    assert before["share_closer_than_reference"] == (best > tau).mean()
+    assert before["duplicate_rate"] == {"0.95": (best >= 0.95).mean()}
+    assert before["median_gap"] == np.median(np.maximum(best, tau))
+    kth = np.median(-np.sort(-to_pool)[:, :3], axis=0)
+    assert before["median_kth_similarity"] == pytest.approx(kth.tolist(), abs=1e-5)
+    assert own["median_kth_similarity"] == pytest.approx(
+        np.median(-np.sort(-to_reference)[:, :3], axis=0).tolist(), abs=1e-12
+    )
+    assert before["mean_rows_within"]["0.1"] == pytest.approx((to_pool > tau[:, None] - 0.1).sum(axis=1).mean(), abs=1)
+    assert records["matched", "val"]["share_closer_than_reference"] == 0.0
+    assert records["matched", "val"]["mean_rows_within"]["0"] == 0.0
+    assert records["nothing", "val"]["median_kth_similarity"] == [None, None, None]
+    assert set(records) == {(cut, test) for cut in ("pool", "matched", "sketch-only", "near", "nothing", "reference")
+                            for test in made.TESTS}  # fmt: skip
+
+
 def test_a_split_of_another_pool_is_refused(
     tiny_embeddings: dict[str, str], tiny_scores: str, cuts: list[str], tmp_path: Path
 ) -> None:

@@ -11,10 +11,22 @@ import pytest
 
 from clipgap_ray import schema, store
 from clipgap_ray.config.score import ScoreSettings
-from clipgap_ray.config.split import AnySplit, Core, Far, Full, GapMatch, Near, Random, Threshold
+from clipgap_ray.config.split import (
+    AnySplit,
+    Core,
+    DensityMatch,
+    Far,
+    Full,
+    GapMatch,
+    Near,
+    PreviewSettings,
+    Random,
+    Score,
+    Threshold,
+)
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import ConfigError, DataError
-from clipgap_ray.stages import score, split
+from clipgap_ray.stages import preview, score, split
 from clipgap_ray.stages.keep import read_keep
 from tests import made, twins
 
@@ -190,3 +202,110 @@ def test_impossible_cuts_are_named(tiny_embeddings: dict[str, str], tiny_scores:
     with pytest.raises(ConfigError, match=r"gap-match needs thresholds for \['val'\]"):
         split.run(GapMatch(scores=str(tmp_path / "s"), out=out, test=("val",)))
     assert not Path(out).exists()
+
+
+# --- by a column of the metadata ---------------------------------------------------------------------------
+
+
+def column_of(truth: Truth, name: str) -> dict[str, float]:
+    """The largest value over the copies of a uid; a missing value is below every number."""
+    values = truth.pool.all_metadata([name]).column(name).to_pylist()
+    return truth.per_uid(np.array([-np.inf if value is None else value for value in values], np.float64))
+
+
+def test_score_keeps_the_highest_values_and_ties_go_by_uid(truth: Truth, tiny_scores: str, tmp_path: Path) -> None:
+    values = column_of(truth, "clip_score")
+    order = sorted(values, key=lambda uid: (values[uid], uid))
+    assert sum(value == -np.inf for value in values.values()) > 0  # samples without caption have no CLIP score
+    for size in ("0.3", "77"):
+        keep = round(0.3 * len(values)) if size == "0.3" else 77
+        assert cut(Score, tiny_scores, tmp_path / "a.npy", column="clip_score", size=size) == set(order[-keep:])
+    assert cut(Score, tiny_scores, tmp_path / "b.npy", preset="clip-score-30") == set(
+        order[-round(0.3 * len(values)) :]
+    )
+    middle = sorted(values.values())[len(values) // 2]
+    kept = cut(Score, tiny_scores, tmp_path / "c.npy", column="clip_score", min=middle)
+    assert kept == {uid for uid, value in values.items() if value >= middle}
+    kept = cut(Score, tiny_scores, tmp_path / "d.npy", column="clip_score", max=middle)
+    assert kept == {uid for uid, value in values.items() if -np.inf < value <= middle}
+
+
+def test_the_basic_preset_is_datacomp_s_rules_on_captions_and_sizes(
+    truth: Truth, tiny_scores: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(split, "BASIC", (("caption_words", 5, np.inf), ("caption_chars", 24, np.inf),
+                                         ("min_side", 64, np.inf), ("aspect_ratio", 0, 3.0)))  # fmt: skip
+    kept = cut(Score, tiny_scores, tmp_path / "a.npy", preset="basic")
+    meta = truth.pool.all_metadata(["uid", "caption", "width", "height"]).to_pylist()
+    passes = {
+        row["uid"]
+        for row in meta
+        if row["caption"] is not None
+        and len(row["caption"].split()) >= 5
+        and len(row["caption"]) >= 24
+        and min(row["width"], row["height"]) >= 64
+    }
+    assert kept == passes
+    assert 0 < len(kept) < len(set(truth.uids))
+
+
+def test_impossible_columns_are_named(tiny_scores: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no numeric column 'caption'"):
+        split.run(Score(scores=tiny_scores, out=str(tmp_path / "a.npy"), column="caption", size="3"))
+    with pytest.raises(ConfigError, match="needs either --size or --min/--max"):
+        Score.load({"scores": tiny_scores, "out": "a.npy", "column": "clip_score"}, "split")
+    with pytest.raises(ConfigError, match="needs one of --column"):
+        Score.load({"scores": tiny_scores, "out": "a.npy"}, "split")
+
+
+# --- density -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("neighbours", [1, 4])
+def test_density_matching_leaves_no_test_image_closer_or_denser_than_the_reference(
+    truth: Truth, tiny_embeddings: dict[str, str], tiny_scores: str, tmp_path: Path, neighbours: int
+) -> None:
+    tests = ("val", "r")
+    kept = cut(DensityMatch, tiny_scores, tmp_path / "d.npy", test=tests, neighbours=neighbours)
+    matched = cut(GapMatch, tiny_scores, tmp_path / "g.npy", test=tests)
+    assert kept == matched if neighbours == 1 else kept < matched
+    queries = np.concatenate([EmbeddingSet.open(tiny_embeddings[name]).all_images() for name in tests])
+    reference = -np.sort(-twins.similarities(queries, EmbeddingSet.open(tiny_embeddings["reference"]).all_images()))
+    similarity = twins.similarities(queries, truth.pool.all_images())
+    best = {uid: np.full(len(queries), -np.inf) for uid in truth.uids}
+    for column, uid in enumerate(truth.uids):
+        best[uid] = np.maximum(best[uid], similarity[:, column])
+    left = -np.sort(-np.stack([best[uid] for uid in sorted(kept)], axis=1))[:, :neighbours]
+    assert (left <= reference[:, :neighbours]).all()
+    for uid in sorted(matched - kept):  # and nothing else could have stayed
+        more = -np.sort(-np.concatenate([left, best[uid][:, None]], axis=1))[:, :neighbours]
+        assert (more > reference[:, :neighbours]).any()
+
+
+def test_density_matching_needs_the_reference_s_embeddings(
+    tiny_embeddings: dict[str, str], tiny_scores: str, tmp_path: Path
+) -> None:
+    words = made.score_words(tiny_embeddings, ("val",))
+    del words["reference"]
+    words["thresholds"] = (f"val={tiny_scores}/thresholds/val.parquet",)
+    score.run(ScoreSettings(**words, out=str(tmp_path / "s")))
+    with pytest.raises(ConfigError, match=r"density-match needs the reference's embeddings for \['val'\]"):
+        split.run(DensityMatch(scores=str(tmp_path / "s"), out=str(tmp_path / "a.npy"), test=("val",)))
+
+
+# --- preview -----------------------------------------------------------------------------------------------
+
+
+def test_a_preview_tells_the_size_of_the_cut(truth: Truth, tiny_scores: str, tmp_path: Path) -> None:
+    out = tmp_path / "preview"
+    result = preview.run(PreviewSettings(scores=tiny_scores, test=("val", "r"), out=str(out)))
+    sizes = {(row["cut"], row["value"]): row["kept"] for row in result["rows"]}
+    for slack in (-0.02, 0.0, 0.05):
+        kept = cut(GapMatch, tiny_scores, tmp_path / "g.npy", test=("val", "r"), slack=slack)
+        assert abs(sizes["gap-match", slack] - len(kept)) <= 2  # float32 at the very edge
+    m = sorted(truth.most("m", ("val", "r")).values())
+    near = {row["kept"]: row["value"] for row in result["rows"] if row["cut"] == "near"}
+    assert near[round(0.5 * len(m))] == pytest.approx(m[round(0.5 * len(m)) - 1], abs=1e-6)
+    assert (out / "preview.png").read_bytes().startswith(b"\x89PNG")
+    assert len((out / "preview.csv").read_text().splitlines()) == 1 + len(result["rows"])
+    assert result["pool"] == len(m)
