@@ -1,0 +1,94 @@
+"""Two simulated nodes write the bytes that one machine writes; one of them dying costs time, not rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import made
+
+pytestmark = [pytest.mark.cluster]
+LIMIT_S = 240.0
+
+# One CPU a node and one CPU a task: with two tasks in flight, both nodes must work.
+DRIVER = """
+import importlib, json, os, sys
+import ray
+from ray.cluster_utils import Cluster
+work, lose = json.loads(sys.argv[1]), sys.argv[2] == "lose"
+head = {"num_cpus": 1, "object_store_memory": 150_000_000, "include_dashboard": False, "temp_dir": sys.argv[3]}
+cluster = Cluster(initialize_head=True, head_node_args=head)
+other = cluster.add_node(num_cpus=1, object_store_memory=150_000_000)
+os.environ["RAY_ADDRESS"] = cluster.address
+from clipgap_ray.stages import session
+session.connect()
+session.physical_cpus = lambda: 2
+places, append, lost = set(), importlib.import_module("clipgap_ray.rundir").CommitLog.append, []
+def after_commit(log, records):
+    append(log, records)
+    if lose and not lost:
+        lost.append(other)
+        cluster.remove_node(other, allow_graceful=False)
+importlib.import_module("clipgap_ray.rundir").CommitLog.append = after_commit
+nodes = len([node for node in ray.nodes() if node["Alive"]])
+for stage, settings, values in work:
+    module, name = settings.split(":")
+    importlib.import_module(stage).run(getattr(importlib.import_module(module), name)(**values))
+print(json.dumps({"nodes": nodes, "left": len([node for node in ray.nodes() if node["Alive"]])}))
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.fixture
+def temp_dir() -> Iterator[str]:
+    """A short directory for sockets."""
+    folder = tempfile.mkdtemp(prefix="cg-two-", dir="/tmp")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def run(work: list[tuple[str, str, dict[str, Any]]], temp_dir: str, *, lose: bool = False) -> dict[str, int]:
+    """Run stages on two nodes in a process of their own; returns how many nodes there were and are left."""
+    env = {**os.environ, "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    env.pop("RAY_ADDRESS", None)
+    words = [sys.executable, "-c", DRIVER, json.dumps(work), "lose" if lose else "", temp_dir]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("lose", [False, True], ids=["both stay", "one dies after the first commit"])
+def test_scores_and_duplicates_equal_those_of_one_machine(
+    tiny_embeddings: dict[str, str], tiny_scores: str, tmp_path: Path, temp_dir: str, lose: bool
+) -> None:
+    words = {**made.score_words(tiny_embeddings), "group_bytes": 1, "query_share": 1e9}
+    work = [("clipgap_ray.stages.score", "clipgap_ray.config.score:ScoreSettings", {**words, "out": f"{tmp_path}/s"})]
+    seen = run(work, temp_dir, lose=lose)
+    assert seen == {"nodes": 2, "left": 1 if lose else 2}
+    for kind in ("pool", "queries", "thresholds"):
+        assert made.files_below(f"{tmp_path}/s/{kind}") == made.files_below(f"{tiny_scores}/{kind}")
+
+
+def test_dedup_on_two_nodes_equals_dedup_on_one(
+    tiny_embeddings: dict[str, str], ray_session: None, tmp_path: Path, temp_dir: str
+) -> None:
+    from clipgap_ray.config.dedup import DedupSettings
+
+    from clipgap_ray.stages import dedup
+
+    words = {"pool": tiny_embeddings["pool"], "min_similarity": 0.97}
+    dedup.run(DedupSettings(**words, out=f"{tmp_path}/one"))
+    run([("clipgap_ray.stages.dedup", "clipgap_ray.config.dedup:DedupSettings", {**words, "out": f"{tmp_path}/two"})],
+        temp_dir)  # fmt: skip
+    assert made.files_below(f"{tmp_path}/two/keep") == made.files_below(f"{tmp_path}/one/keep")
