@@ -6,15 +6,11 @@ both names say what is thrown away. Ties go by uid, so that near(n) and far(N - 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 from numba import njit
 
 from clipgap_ray.errors import ConfigError
 from clipgap_ray.schema import sort_uids
-
-Policy = Literal["max", "rank", "zscore"]
 
 
 def unique_uids(uids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -103,27 +99,16 @@ def keep_random(num_uids: int, size: int, rng: np.random.Generator) -> np.ndarra
     return keep
 
 
-def merge_scores(columns: np.ndarray, policy: Policy) -> np.ndarray:
-    """Merge the scores of several test sets into one, for core sets (the paper's own rule is not released, 2.7).
+def largest_standardised(columns: np.ndarray, sample: np.ndarray) -> np.ndarray:
+    """Return the (u,) float64 largest score after standardising every test set by its mean and deviation on a sample.
 
     Args:
         columns: (T, u) float64 m per test set.
-        policy: "max" = the largest; "rank" = round-robin over the sets' descending lists (a uid's value is minus its
-            best rank); "zscore" = the largest after standardising each set.
-
-    Returns:
-        (u,) float64, larger = more alike.
+        sample: (T, n) float64 m of some uids; a set without spread is only centred.
     """
-    if policy == "max":
-        return columns.max(axis=0)
-    if policy == "zscore":
-        spread = columns.std(axis=1, keepdims=True)
-        spread[spread == 0] = 1.0
-        return ((columns - columns.mean(axis=1, keepdims=True)) / spread).max(axis=0)
-    ranks = np.empty_like(columns)
-    for row, values in zip(ranks, columns, strict=True):
-        row[np.argsort(-values, kind="stable")] = np.arange(len(values))
-    return -ranks.min(axis=0)
+    spread = sample.std(axis=1, keepdims=True)
+    spread[spread == 0] = 1.0
+    return np.asarray(((columns - sample.mean(axis=1, keepdims=True)) / spread).max(axis=0))
 
 
 def density_match(

@@ -22,6 +22,7 @@ from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import ConfigError
 from clipgap_ray.kernels import splits
 from clipgap_ray.kernels.vectors import error_bound, exact_matrix
+from clipgap_ray.stages import core_set
 from clipgap_ray.stages.columns import read_column
 from clipgap_ray.stages.density import edges_outside_the_hull
 from clipgap_ray.stages.keep import bitmap_bytes, bitmap_path
@@ -201,8 +202,8 @@ def _gap_match(settings: GapMatch, table: Table) -> np.ndarray:
 def _ranked(settings: Near | Far | Core, table: Table) -> np.ndarray:
     size = splits.parse_size(settings.size, table.num_uids)
     if isinstance(settings, Core) and settings.policy != "max":
-        columns = np.stack([table.column(test, "m") for test in settings.test])
-        return splits.keep_most(splits.merge_scores(columns, settings.policy), size)
+        policy = core_set.by_rank if settings.policy == "rank" else core_set.by_zscore
+        return policy(table, settings.test, size)
     values = np.max([table.column(test, "m") for test in settings.test], axis=0)
     least = size if isinstance(settings, Near) else table.num_uids - size
     band = splits.boundary(values, least, table.bound)

@@ -26,7 +26,7 @@ from clipgap_ray.config.split import (
 )
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import ConfigError, DataError
-from clipgap_ray.stages import preview, score, split
+from clipgap_ray.stages import core_set, preview, score, split
 from clipgap_ray.stages.keep import read_keep
 from tests import made, twins
 
@@ -133,19 +133,31 @@ def test_threshold_removes_what_is_at_least_as_similar(truth: Truth, tiny_scores
     assert kept == {uid for uid, s in m.items() if s < value}
 
 
-@pytest.mark.parametrize("policy", ["rank", "zscore"])
-def test_core_sets_of_other_policies_have_the_size_and_the_most_similar_row(
-    truth: Truth, tiny_scores: str, tmp_path: Path, policy: str
+@pytest.mark.parametrize("size", [0, 60, 61, 62, 63, 400])
+def test_core_sets_by_rank_go_round_the_lists(truth: Truth, tiny_scores: str, tmp_path: Path, size: int) -> None:
+    tests = ("val", "sketch", "r")
+    kept = cut(Core, tiny_scores, tmp_path / "core.npy", test=tests, size=str(size), policy="rank")
+    lists = [sorted(truth.m[name], key=lambda uid: (truth.m[name][uid], uid), reverse=True) for name in tests]
+    expected: set[str] = set()
+    for depth in range(len(lists[0])):
+        new = sorted({one[depth] for one in lists} - expected, reverse=True)  # ties of a round go by uid
+        expected |= set(new[: size - len(expected)])
+    assert kept == expected
+    assert len(kept) == size
+
+
+def test_core_sets_by_zscore_equal_their_definition(
+    truth: Truth, tiny_scores: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = cut(Core, tiny_scores, tmp_path / "core.npy", test=("val", "sketch"), size="60", policy=policy)
-    assert len(kept) == 60
-    if policy == "rank":  # round-robin: the first 30 of both lists are in
-        for name in ("val", "sketch"):
-            m = truth.m[name]
-            top = sorted(m, key=lambda uid: -m[uid])
-            clear = [uid for uid in top[:20] if sum(abs(m[uid] - v) < 1e-5 for v in m.values()) == 1]
-            assert set(clear) <= kept
-            assert clear
+    monkeypatch.setattr(core_set, "SAMPLE_UIDS", 200)
+    tests = ("val", "sketch", "r")
+    kept = cut(Core, tiny_scores, tmp_path / "core.npy", test=tests, size="60", policy="zscore")
+    uids = sorted(truth.m["val"])
+    columns = np.array([[truth.m[name][uid] for uid in uids] for name in tests])
+    sample = columns[:, :200]
+    z = ((columns - sample.mean(axis=1, keepdims=True)) / sample.std(axis=1, keepdims=True)).max(axis=0)
+    order = sorted(range(len(uids)), key=lambda i: (z[i], uids[i]))
+    assert kept == {uids[i] for i in order[-60:]}
 
 
 def test_random_is_uniform_over_uids_and_follows_its_seed(truth: Truth, tiny_scores: str, tmp_path: Path) -> None:

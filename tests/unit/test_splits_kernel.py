@@ -89,18 +89,16 @@ def test_random_keeps_the_size_and_follows_the_seed() -> None:
     assert (np.abs(counts - 200) < 60).all()  # six standard deviations of a fair coin
 
 
-def test_core_policies_by_hand() -> None:
+def test_largest_standardised_by_hand() -> None:
     columns = np.array([[0.9, 0.8, 0.1, 0.2], [0.10, 0.11, 0.12, 0.10]])
-    assert splits.merge_scores(columns, "max").tolist() == [0.9, 0.8, 0.12, 0.2]
-    # best ranks: 0 in the first set, 1 in both, 0 in the second, 2 in the first
-    assert splits.merge_scores(columns, "rank").tolist() == [0, -1, 0, -2]
-    z = splits.merge_scores(columns, "zscore")
+    z = splits.largest_standardised(columns, columns)
     assert z[2] == pytest.approx((0.12 - 0.1075) / np.std([0.10, 0.11, 0.12, 0.10]))
     assert z[0] == pytest.approx((0.9 - 0.5) / np.std([0.9, 0.8, 0.1, 0.2]))
 
 
 def test_zscore_of_a_constant_set_is_zero_not_a_division_error() -> None:
-    assert splits.merge_scores(np.array([[0.5, 0.5], [0.1, 0.3]]), "zscore").tolist() == [0.0, pytest.approx(1.0)]
+    columns = np.array([[0.5, 0.5], [0.1, 0.3]])
+    assert splits.largest_standardised(columns, columns).tolist() == [0.0, pytest.approx(1.0)]
 
 
 # --- density matching ------------------------------------------------------------------------------------
