@@ -21,8 +21,9 @@ import pyarrow as pa
 
 from clipgap_ray import embeddings, rundir, schema, store
 from clipgap_ray.config.score import ScoreSettings
+from clipgap_ray.config.split import GapMatch, Near
 from clipgap_ray.encoder import EncoderSettings
-from clipgap_ray.stages import score
+from clipgap_ray.stages import score, split
 
 PART_ROWS = 100_000
 DISTINCT = 10
@@ -111,6 +112,12 @@ def main() -> None:
         )
         watch.stop.set()
         manifest = store.read_json(str(watch.out / "summary.json"))
+        cuts = {}
+        for kind in (GapMatch(scores=str(watch.out), out=f"{root}/gap.npy", test=tuple("abcdef")),
+                     Near(scores=str(watch.out), out=f"{root}/near.npy", test=("a",), size="0.5")):  # fmt: skip
+            started = time.perf_counter()
+            split.run(kind)
+            cuts[kind.kind] = round(time.perf_counter() - started, 1)
     print(f"{options.rows:,} x {6 * per_set:,} x {options.dim}: {summary.seconds:.0f} s")
     print(f"{'million rows':>12}{'rows/s':>10}{'driver MB':>11}{'worker MB':>11}   (since the line before; peaks)")
     step, before = max(PART_ROWS, options.rows // 10), (0.0, 0)
@@ -125,7 +132,7 @@ def main() -> None:
         )
         before = (reached[0], reached[1])
     share = manifest["query_bytes"] / manifest["embedding_bytes"]
-    print(json.dumps({"query_bytes_share": share, "seconds": summary.seconds}))
+    print(json.dumps({"query_bytes_share": share, "seconds": summary.seconds, "seconds_of_cuts": cuts}))
 
 
 if __name__ == "__main__":

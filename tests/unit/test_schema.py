@@ -85,3 +85,22 @@ def test_bad_names_are_refused_with_a_hint(name: str) -> None:
     with pytest.raises(ConfigError, match="test set") as error:
         schema.check_name(name, "test set")
     assert "imagenet-v2" in str(error.value)
+
+
+@given(words=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), max_size=30))
+def test_uids_sort_by_both_words_and_equals_keep_their_order(words: list[tuple[int, int]]) -> None:
+    packed = np.array(words, dtype=schema.UID)
+    assert schema.sort_uids(packed).tolist() == sorted(range(len(words)), key=lambda i: words[i])
+
+
+def test_uids_pack_alike_from_every_kind_of_column() -> None:
+    texts = [f"{i * 7919:032x}" for i in range(50)]
+    expected = schema.pack_uids(texts)
+    column = pa.chunked_array([pa.array(texts[:20]), pa.array([], pa.string()), pa.array(texts[20:])])
+    assert np.array_equal(schema.pack_uids(column), expected)
+    assert np.array_equal(schema.pack_uids(column.cast(pa.large_string())), expected)
+    assert np.array_equal(schema.pack_uids(column.slice(7, 30)), expected[7:37])
+    assert np.array_equal(schema.pack_uids([text.upper() for text in texts]), expected)
+    for bad in (["0" * 31], ["g" * 32], [None]):
+        with pytest.raises(DataError, match="is not"):
+            schema.pack_uids(pa.array(bad, pa.string()))
