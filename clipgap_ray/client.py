@@ -83,6 +83,23 @@ class IndexInfo:
     model: str = ""
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """How covered a query is by the training set.
+
+    Attributes:
+        similarity: To the nearest training image; None when the index is empty.
+        neighbours: Nearest training images.
+        tests: Per test set: `test, similarity, margin, percentile, neighbours` (see /docs).
+        splits: Per split: `name, kind, drops, decided_by`.
+    """
+
+    similarity: float | None
+    neighbours: list[Neighbour]
+    tests: list[dict[str, Any]]
+    splits: list[dict[str, Any]]
+
+
 def _search_body(
     text: str | None, image: bytes | None, vector: Any, uid: str | None, queries: Any, k: int, index: str | None
 ) -> dict[str, Any]:
@@ -110,6 +127,13 @@ def _read_search(answer: dict[str, Any]) -> SearchResult:
     results = [[_known(Neighbour, row) for row in rows] for rows in answer["results"]]
     found: SearchResult = _known(SearchResult, {**answer, "results": results})
     return found
+
+
+def _read_similarity(answer: dict[str, Any]) -> list[Coverage]:
+    return [
+        _known(Coverage, {**row, "neighbours": [_known(Neighbour, near) for near in row["neighbours"]]})
+        for row in answer["results"]
+    ]
 
 
 def _read_zero_shot(answer: dict[str, Any]) -> list[list[ClassScore]]:
@@ -191,6 +215,24 @@ class Client:
         """
         return _read_search(self._call("POST", "/v1/search", _search_body(text, image, vector, uid, queries, k, index)))
 
+    def similarity(
+        self,
+        text: str | None = None,
+        image: bytes | None = None,
+        vector: Sequence[float] | np.ndarray | None = None,
+        uid: str | None = None,
+        queries: Sequence[dict[str, Any]] | None = None,
+        k: int = 5,
+        index: str | None = None,
+    ) -> list[Coverage]:
+        """Return how covered one query is by the training set, or each of `queries`.
+
+        Raises:
+            ClipgapError: With the server's message.
+        """
+        body = _search_body(text, image, vector, uid, queries, k, index)
+        return _read_similarity(self._call("POST", "/v1/similarity", body))
+
     def zero_shot(
         self,
         images: Sequence[bytes],
@@ -256,6 +298,20 @@ class AsyncClient:
         """See `Client.search`."""
         body = _search_body(text, image, vector, uid, queries, k, index)
         return _read_search(await self._call("POST", "/v1/search", body))
+
+    async def similarity(
+        self,
+        text: str | None = None,
+        image: bytes | None = None,
+        vector: Sequence[float] | np.ndarray | None = None,
+        uid: str | None = None,
+        queries: Sequence[dict[str, Any]] | None = None,
+        k: int = 5,
+        index: str | None = None,
+    ) -> list[Coverage]:
+        """See `Client.similarity`."""
+        body = _search_body(text, image, vector, uid, queries, k, index)
+        return _read_similarity(await self._call("POST", "/v1/similarity", body))
 
     async def zero_shot(
         self,

@@ -23,6 +23,10 @@ class ServeSettings(Settings):
     """open_clip model that encodes the queries; empty = the one that made the first index."""
     pretrained: str = ""
     """Its tag, checkpoint file, or run directory of `clipgap train`."""
+    scores: str = ""
+    """Output of `clipgap score` on the same pool, for /v1/similarity: test sets, thresholds, percentiles."""
+    splits: tuple[str, ...] = ()
+    """Splits NAME.npy cut from these scores; /v1/similarity says which of them would drop an image."""
     host: str = "127.0.0.1"
     """Address to listen on. Anything but loopback needs a bearer token in the environment variable CLIPGAP_TOKEN."""
     port: Annotated[int, pydantic.Field(ge=1, le=65535)] = 8000
@@ -47,6 +51,14 @@ class ServeSettings(Settings):
             raise ConfigError("--index names no index", hint="for example --index pool=out/index")
         schema.named(value, "--index")
         return value
+
+    @pydantic.model_validator(mode="after")
+    def _splits_need_scores(self) -> ServeSettings:
+        if self.splits and not self.scores:
+            raise ConfigError(
+                f"--splits {' '.join(self.splits)} needs --scores", hint="the score run they were cut from"
+            )
+        return self
 
     @property
     def is_public(self) -> bool:

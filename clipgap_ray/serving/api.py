@@ -30,6 +30,9 @@ from clipgap_ray.serving.messages import (
     Readiness,
     SearchRequest,
     SearchResponse,
+    SimilarityRequest,
+    SimilarityResponse,
+    SplitsResponse,
     ZeroShotRequest,
     ZeroShotResponse,
 )
@@ -62,9 +65,10 @@ def make_api(backend: Backend, limits: Limits | None = None, token_hash: str | N
     _add_errors(app)
     _add_v1(app, backend, limits, meters)
     _add_health(app, backend, meters)
-    _describe_bodies(app, [SearchRequest, ZeroShotRequest])
+    _describe_bodies(app, [SearchRequest, SimilarityRequest, ZeroShotRequest])
     routes = frozenset(getattr(route, "path", "") for route in app.routes) | {
-        "/v1/search", "/v1/zero-shot", "/v1/indices", "/healthz", "/readyz", "/metrics", "/",
+        "/v1/search", "/v1/similarity", "/v1/splits", "/v1/zero-shot", "/v1/indices",
+        "/healthz", "/readyz", "/metrics", "/",
     }  # fmt: skip
     app.add_middleware(Guard, body_bytes=limits.body_bytes, token_hash=token_hash, meters=meters, routes=routes)
     return app
@@ -86,6 +90,28 @@ def _add_v1(app: FastAPI, backend: Backend, limits: Limits, meters: Meters) -> N
             degraded=found.answer.degraded,
             results=found.neighbours,
         )
+
+    @app.post("/v1/similarity", openapi_extra=_body_schema("SimilarityRequest"))
+    async def similarity(body: Annotated[tuple[Any, list[bytes]], Depends(_parse_similarity)]) -> SimilarityResponse:
+        """How covered is it by the training set: nearest training and test images, percentile, which splits drop it."""
+        request, uploads = body
+        covered = await backend.similarity(request.index, read_search(request, limits, uploads), request.k)
+        answer = covered.found.answer
+        if answer.degraded:
+            meters.degraded.inc()
+        return SimilarityResponse(
+            index=covered.found.info.name,
+            version=covered.found.info.version,
+            shards=answer.shards,
+            shards_ok=answer.shards_ok,
+            degraded=answer.degraded,
+            results=covered.results,
+        )
+
+    @app.get("/v1/splits")
+    async def splits() -> SplitsResponse:
+        """The splits that /v1/similarity judges by."""
+        return SplitsResponse(splits=await backend.splits())
 
     @app.post("/v1/zero-shot", openapi_extra=_body_schema("ZeroShotRequest"))
     async def zero_shot(body: Annotated[tuple[Any, list[bytes]], Depends(_parse_zero_shot)]) -> ZeroShotResponse:
@@ -126,6 +152,10 @@ def _add_health(app: FastAPI, backend: Backend, meters: Meters) -> None:
 
 async def _parse_search(request: Request) -> tuple[SearchRequest, list[bytes]]:
     return await _parse(request, SearchRequest)
+
+
+async def _parse_similarity(request: Request) -> tuple[SimilarityRequest, list[bytes]]:
+    return await _parse(request, SimilarityRequest)
 
 
 async def _parse_zero_shot(request: Request) -> tuple[ZeroShotRequest, list[bytes]]:

@@ -20,8 +20,9 @@ from clipgap_ray.encoder import Encoder, ImageError, Preprocess
 from clipgap_ray.index import Answer, LocalIndex
 from clipgap_ray.kernels.vectors import normalise
 from clipgap_ray.kernels.zero_shot import class_weights
+from clipgap_ray.serving.coverage import Coverage
 from clipgap_ray.serving.inputs import Query
-from clipgap_ray.serving.messages import ApiError, IndexInfo, Neighbour, Readiness
+from clipgap_ray.serving.messages import ApiError, IndexInfo, Neighbour, Readiness, SimilarityResult, SplitInfo
 from clipgap_ray.serving.metadata import Metadata
 
 CACHED_CLASS_SETS = 32
@@ -36,6 +37,14 @@ class Found:
     neighbours: list[list[Neighbour]]
 
 
+@dataclass(frozen=True)
+class Covered:
+    """Where queries stand: the index's answer, and per query its coverage."""
+
+    found: Found
+    results: list[SimilarityResult]
+
+
 class Backend(Protocol):
     """What `api.make_api` needs."""
 
@@ -45,6 +54,14 @@ class Backend(Protocol):
 
     async def zero_shot(self, images: list[bytes], classes: list[str], templates: list[str]) -> np.ndarray:
         """Return (n, c) float32 similarities of n image files to c classes."""
+        ...
+
+    async def similarity(self, index: str | None, queries: list[Query], k: int) -> Covered:
+        """Return how covered every query is; ApiError 404 when the service knows no scores."""
+        ...
+
+    async def splits(self) -> list[SplitInfo]:
+        """Return the splits that queries are judged by."""
         ...
 
     async def indices(self) -> list[IndexInfo]:
@@ -138,10 +155,18 @@ class IndexBackend:
         searchers: Indexes by name, the default one first; at least one.
         encoder: Of the queries; the caller has checked that it made the indexes (`check_same_encoder`).
         preprocess: How image files become the encoder's pixels.
+        coverage: Scores and splits for `similarity`; None answers it with 404.
     """
 
-    def __init__(self, searchers: Mapping[str, Searcher], encoder: AsyncEncoder, preprocess: Preprocess) -> None:
+    def __init__(
+        self,
+        searchers: Mapping[str, Searcher],
+        encoder: AsyncEncoder,
+        preprocess: Preprocess,
+        coverage: Coverage | None = None,
+    ) -> None:
         self.searchers = dict(searchers)
+        self.coverage = coverage
         self.encoder = encoder
         self.preprocess = preprocess
         self._class_sets: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], np.ndarray] = OrderedDict()
@@ -154,7 +179,9 @@ class IndexBackend:
                 503 when no shard answers.
         """
         searcher = self._searcher(index)
-        rows = await self._encode(searcher, queries)
+        return await self._nearest(searcher, await self._encode(searcher, queries), k)
+
+    async def _nearest(self, searcher: Searcher, rows: np.ndarray, k: int) -> Found:
         answer = await searcher.answer(rows, k)
         if not answer.shards_ok:
             raise ApiError(503, "no_shard", f"none of {answer.shards} index shards answered", "try again in seconds")
@@ -169,6 +196,24 @@ class IndexBackend:
             for ids, similarities in zip(answer.row_ids, answer.similarities, strict=True)
         ]
         return Found(searcher.info, answer, neighbours)
+
+    async def similarity(self, index: str | None, queries: list[Query], k: int) -> Covered:
+        """Return how covered every query is by the training set, beside the test sets and splits of the score run.
+
+        Raises:
+            ApiError: As `search`; 404 when the service was started without scores.
+        """
+        if self.coverage is None:
+            raise ApiError(404, "no_scores", "this service knows no scores", "start it with --scores SCORES")
+        searcher = self._searcher(index)
+        rows = await self._encode(searcher, queries)
+        found = await self._nearest(searcher, rows, k)
+        results = await asyncio.to_thread(_cover, self.coverage, queries, rows, found.neighbours, k)
+        return Covered(found, results)
+
+    async def splits(self) -> list[SplitInfo]:
+        """Return the splits that queries are judged by; none without scores."""
+        return self.coverage.describe() if self.coverage else []
 
     def _searcher(self, name: str | None) -> Searcher:
         name = next(iter(self.searchers)) if name is None else name
@@ -235,6 +280,23 @@ class IndexBackend:
         return Readiness(ready=sum(counts) == shards, shards=shards, shards_ok=sum(counts))
 
 
+def _cover(
+    coverage: Coverage, queries: list[Query], rows: np.ndarray, neighbours: list[list[Neighbour]], k: int
+) -> list[SimilarityResult]:
+    results = []
+    for query, row, near in zip(queries, rows, neighbours, strict=True):
+        nearest = near[0].similarity if near else -np.inf
+        results.append(
+            SimilarityResult(
+                similarity=nearest if near else None,
+                neighbours=near,
+                tests=coverage.compare(row, nearest, k),
+                splits=coverage.judge(row, query.uid),
+            )
+        )
+    return results
+
+
 class LocalBackend(IndexBackend):
     """Everything in this process: tests, notebooks, `uvicorn` without Ray.
 
@@ -243,12 +305,22 @@ class LocalBackend(IndexBackend):
         encoder: Of the queries.
         metadata: Of the embeddings that the index was built from.
         name: Of the index.
+        coverage: Scores and splits for `similarity`.
 
     Raises:
-        IndexMismatchError: If another encoder made the index.
+        IndexMismatchError: If another encoder made the index or the scores.
     """
 
-    def __init__(self, index: LocalIndex, encoder: Encoder, metadata: Metadata, name: str = "default") -> None:
+    def __init__(
+        self,
+        index: LocalIndex,
+        encoder: Encoder,
+        metadata: Metadata,
+        name: str = "default",
+        coverage: Coverage | None = None,
+    ) -> None:
         check_same_encoder(index.manifest["encoder"], encoder.fingerprint, (f"index {name}", "the service's encoder"))
+        if coverage is not None:
+            coverage.check(encoder.fingerprint)
         searcher = LocalSearcher(index_info(name, index.manifest), index, metadata)
-        super().__init__({name: searcher}, LocalEncoder(encoder), encoder.preprocess)
+        super().__init__({name: searcher}, LocalEncoder(encoder), encoder.preprocess, coverage)

@@ -34,6 +34,7 @@ from clipgap_ray.index import Answer, open_shard
 from clipgap_ray.kernels.topk import merge_topk
 from clipgap_ray.serving.api import make_api
 from clipgap_ray.serving.backend import IndexBackend, index_info
+from clipgap_ray.serving.coverage import Coverage
 from clipgap_ray.serving.guard import token_sha256
 from clipgap_ray.serving.messages import ApiError, IndexInfo, Limits
 from clipgap_ray.serving.metadata import Metadata
@@ -182,6 +183,8 @@ class GatewayConfig:
         limits: What one request may ask for.
         shard_timeout_s: Deadline of an index shard.
         token_hash: sha256 of the bearer token, or None.
+        scores: A score run for /v1/similarity, or "".
+        splits: Splits of its pool.
     """
 
     indexes: dict[str, str]
@@ -189,6 +192,8 @@ class GatewayConfig:
     limits: Limits
     shard_timeout_s: float
     token_hash: str | None
+    scores: str = ""
+    splits: tuple[str, ...] = ()
 
 
 @serve.deployment(
@@ -210,7 +215,8 @@ class Gateway:
             metadata = Metadata(manifest["embeddings"]["uri"], manifest["modality"])
             info = index_info(name, manifest)
             searchers[name] = RemoteSearcher(info, shards[name], metadata, config.shard_timeout_s)
-        self.backend = IndexBackend(searchers, RemoteEncoder(encoder), check(config.encoder))
+        coverage = Coverage(config.scores, config.splits) if config.scores else None
+        self.backend = IndexBackend(searchers, RemoteEncoder(encoder), check(config.encoder), coverage)
         self.config = config
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's hook: called after the constructor
@@ -250,7 +256,17 @@ def build_app(args: ServeSettings | Mapping[str, Any]) -> serve.Application:
         body_bytes=int(settings.max_body_mb * 1e6),
         image_pixels=int(settings.max_image_megapixels * 1e6),
     )
-    config = GatewayConfig(indexes, encoder, limits, settings.shard_timeout_s, token_sha256(token) if token else None)
+    if settings.scores:
+        Coverage(settings.scores, settings.splits).check(fingerprint)
+    config = GatewayConfig(
+        indexes,
+        encoder,
+        limits,
+        settings.shard_timeout_s,
+        token_sha256(token) if token else None,
+        settings.scores,
+        settings.splits,
+    )
     return Gateway.bind(config, EncoderDeployment.bind(encoder), shards)  # type: ignore[attr-defined]
 
 

@@ -13,7 +13,14 @@ import numpy as np
 from PIL import Image
 
 from clipgap_ray.schema import UID_TEXT
-from clipgap_ray.serving.messages import ApiError, Limits, QueryFields, SearchRequest, ZeroShotRequest
+from clipgap_ray.serving.messages import (
+    ApiError,
+    Limits,
+    QueryFields,
+    SearchRequest,
+    SimilarityRequest,
+    ZeroShotRequest,
+)
 
 # Pillow also opens formats that start other programs (EPS) or are containers; these decode in the process.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -38,8 +45,10 @@ class Query:
     uid: str | None = None
 
 
-def read_search(request: SearchRequest, limits: Limits, uploads: Sequence[bytes] = ()) -> list[Query]:
-    """Check a search request.
+def read_search(
+    request: SearchRequest | SimilarityRequest, limits: Limits, uploads: Sequence[bytes] = ()
+) -> list[Query]:
+    """Check a search or similarity request.
 
     Args:
         request: The parsed body.

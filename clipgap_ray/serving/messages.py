@@ -128,6 +128,87 @@ class SearchResponse(pydantic.BaseModel):
     results: list[list[Neighbour]]
 
 
+class SimilarityRequest(QueryFields):
+    """One query in the request itself, or many under `queries`."""
+
+    queries: list[QueryFields] | None = None
+    """A batch of queries, answered in order."""
+    k: int = pydantic.Field(default=5, ge=1)
+    """Neighbours to name, in the training set and in each test set."""
+    index: str | None = None
+    """Which index holds the training set; default: the first one."""
+
+
+class SetNeighbour(pydantic.BaseModel):
+    """A test image near a query; `tau` is its similarity to its nearest reference image."""
+
+    uid: str
+    class_name: str = ""
+    similarity: float
+    tau: float | None = None
+
+
+class SetCoverage(pydantic.BaseModel):
+    """How a query stands to one test set."""
+
+    test: str
+    similarity: float | None = None
+    """To the nearest test image (m of the paper), exact."""
+    margin: float | None = None
+    """Largest similarity - tau: above 0 the image lies closer to a test image than the reference does."""
+    percentile: float | None = None
+    """Share of the test set, in percent, whose nearest training image is less alike than the query's."""
+    neighbours: list[SetNeighbour]
+
+
+class SplitVerdict(pydantic.BaseModel):
+    """Whether a split would drop the query if it were in the pool; null where its rule needs more than similarity."""
+
+    name: str
+    kind: str
+    drops: bool | None = None
+    decided_by: str | None = None
+    """`list`: the query is a uid of the pool; `rule`: the split's own rule."""
+
+
+class SimilarityResult(pydantic.BaseModel):
+    """Coverage of one query."""
+
+    similarity: float | None = None
+    """To the nearest training image."""
+    neighbours: list[Neighbour]
+    tests: list[SetCoverage]
+    splits: list[SplitVerdict]
+
+
+class SimilarityResponse(pydantic.BaseModel):
+    """Coverage of every query by the training set."""
+
+    index: str
+    version: str
+    shards: int
+    shards_ok: int
+    degraded: bool
+    """True when an index shard did not answer: nearer training images may be missing."""
+    results: list[SimilarityResult]
+
+
+class SplitInfo(pydantic.BaseModel):
+    """A split that the service knows."""
+
+    name: str
+    kind: str
+    tests: list[str]
+    pool: int
+    kept: int
+
+
+class SplitsResponse(pydantic.BaseModel):
+    """The splits that /v1/similarity judges by."""
+
+    splits: list[SplitInfo]
+
+
 class ClassScore(pydantic.BaseModel):
     """A class with its probability (softmax of 100 x similarity over all classes of the request)."""
 

@@ -41,6 +41,7 @@ class Table:
     position: np.ndarray  # (n,) row -> uid
     bound: float
     rescored: set[int] = field(default_factory=set)
+    cut_similarity: float | None = None  # near, far, core: m of the last row kept
 
     @property
     def num_uids(self) -> int:
@@ -208,7 +209,10 @@ def _ranked(settings: Near | Far | Core, table: Table) -> np.ndarray:
     least = size if isinstance(settings, Near) else table.num_uids - size
     band = splits.boundary(values, least, table.bound)
     values[band] = table.exact(band, settings.test, margin=False)
-    return splits.keep_least(values, size) if isinstance(settings, Near) else splits.keep_most(values, size)
+    keep = splits.keep_least(values, size) if isinstance(settings, Near) else splits.keep_most(values, size)
+    if keep.any():
+        table.cut_similarity = float(values[keep].max() if isinstance(settings, Near) else values[keep].min())
+    return keep
 
 
 def _size_of(settings: Random, table: Table) -> int:
@@ -238,6 +242,7 @@ def _recipe(settings: AnySplit, table: Table, keep: np.ndarray) -> dict[str, Any
         "counts": {"pool": table.num_uids, "kept": kept, "removed": table.num_uids - kept},
         "rows": {"scored": len(table.row_ids), "kept": int(keep[table.position].sum())},
         "rescored": len(table.rescored),
+        "cut_similarity": table.cut_similarity,
         "inputs": {
             "scores": {"uri": settings.scores, "digest": table.manifest["digest"]},
             "pool": table.manifest["pool"],
