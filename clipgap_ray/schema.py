@@ -176,7 +176,12 @@ def pack_uids(uids: Sequence[str] | pa.Array | pa.ChunkedArray) -> np.ndarray:
         words = np.frombuffer(raw, dtype=">u8")
     except ValueError as error:
         raise DataError(f"a uid is not hexadecimal: {error}") from None
-    packed = np.empty(len(uids), dtype=UID)
+    return pack_words(words)
+
+
+def pack_words(words: np.ndarray) -> np.ndarray:
+    """Pair (2n,) words, high word first, into (n,) `UID`."""
+    packed = np.empty(len(words) // 2, dtype=UID)
     packed["f0"], packed["f1"] = words[0::2], words[1::2]
     return packed
 
