@@ -36,8 +36,8 @@ IDS = pa.schema([("uid", pa.string()), ("key", pa.string()), ("shard", pa.string
 def combine(settings: AnyAlgebra) -> dict[str, Any]:
     """Combine splits of one pool by set algebra on their uids.
 
-    A row is kept if its uid is, and if a split that may contribute it kept that row (a split cut after deduplication
-    knows only one of two rows with the same uid).
+    A row is kept if its uid is and one of the splits (for minus: the first) keeps the row. A split cut after
+    deduplication keeps only one of two rows with the same uid, so the bitmaps alone would not do.
 
     Returns:
         The recipe.
@@ -48,10 +48,8 @@ def combine(settings: AnyAlgebra) -> dict[str, Any]:
     recipes = [_recipe_of(uri) for uri in settings.splits]
     pool = EmbeddingSet.open(settings.pool or recipes[0]["inputs"]["pool"]["uri"])
     uids = reduce(OPERATIONS[settings.kind], [idlists.read_subset(uri) for uri in settings.splits])
-    sources = settings.splits if settings.kind == "or" else settings.splits[:1]
-    for uri in settings.splits[len(sources) :]:
-        _check_pool(uri, pool)
-    rows = [read_split(uri, pool) for uri in sources]
+    rows = [read_split(uri, pool) for uri in settings.splits]  # refuses splits of another pool
+    rows = rows[:1] if settings.kind == "minus" else rows
     by_part = _pool_uids(pool)
     masks = {part: np.any([r[part] for r in rows], axis=0) & subsets.contains(uids, by_part[part]) for part in by_part}
     scores = [recipe["inputs"].get("scores") for recipe in recipes]
@@ -119,14 +117,15 @@ def join(settings: JoinSettings) -> dict[str, Any]:
 
 
 def _identities(pool: EmbeddingSet, part: int, kind: idlists.Kind, by_part: dict[int, np.ndarray]) -> np.ndarray:
-    """The (rows,) `UID` of a part in the terms of the list: uids, or webdataset keys without their folder."""
+    """The (rows,) `UID` of a part in the terms of the list: uids, whole webdataset keys, or their numbers."""
     if kind == "uid":
         return by_part[part]
-    return idlists.pack([stem(key) for key in _column(pool, part, "image_path")], kind)
+    keys = _column(pool, part, "image_path")
+    return idlists.pack(keys if kind == "key" else [_base_name(key) for key in keys], kind)
 
 
-def stem(key: str) -> str:
-    """Return a webdataset key without its folder: what LAION's lists name."""
+def _base_name(key: str) -> str:
+    """A webdataset key without its folder: the number by which LAION's lists name a sample."""
     return key.rsplit("/", 1)[-1]
 
 
@@ -177,7 +176,7 @@ def ids(settings: IdsSettings) -> dict[str, Any]:
             f"none of the {len(subset)} uids of {settings.split} is in {pool.uri} (coverage 0 %)",
             hint="give the pool that the split was cut from",
         )
-    keys = [stem(key) for key in rows.column("key").to_pylist()]
+    keys = rows.column("key").to_pylist()
     store.write_bytes(settings.out, _id_file(settings, rows, keys))
     return {
         "out": settings.out,
@@ -193,10 +192,11 @@ def _id_file(settings: IdsSettings, rows: pa.Table, keys: list[str]) -> bytes:
         return store.table_bytes(rows.select(IDS.names).cast(IDS))
     if settings.out.endswith(".txt"):
         return "".join(f"{key}\n" for key in keys).encode()
-    bad = next((key for key in keys if not idlists.INTEGER.match(key)), None)
+    numbers = [_base_name(key) for key in keys]
+    bad = next((key for key in numbers if not idlists.INTEGER.match(key)), None)
     if bad is not None:
         raise ConfigError(f"key {bad!r} of {settings.pool} is no integer", hint="write keys as texts: --out NAME.txt")
-    return store.array_bytes(np.unique(np.array([int(key) for key in keys], np.int64)))
+    return store.array_bytes(np.unique(np.array([int(key) for key in numbers], np.int64)))
 
 
 def show(settings: ShowSettings) -> dict[str, Any]:
@@ -284,15 +284,6 @@ def _recipe_of(split: str) -> dict[str, Any]:
         )
     recipe: dict[str, Any] = store.read_json(_recipe_path(split))
     return recipe
-
-
-def _check_pool(split: str, pool: EmbeddingSet) -> None:
-    cut_from = _recipe_of(split)["inputs"]["pool"]
-    if cut_from["digest"] != pool.digest:
-        raise DataError(
-            f"split {split} was cut from another pool than {pool.uri}",
-            hint=f"it belongs to {cut_from['uri']}; combine splits of one pool, or join its uids with this one first",
-        )
 
 
 def _column(pool: EmbeddingSet, part: int, name: str) -> list[str]:
