@@ -28,6 +28,7 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from clipgap_ray import idlists, rundir, schema, store
@@ -346,7 +347,8 @@ def _samples(
 ) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
     """Yield (stem, [(suffix, bytes), ...]) of a slice, members in the order of the input tar."""
     table = store.read_table(store.join(uri, "index", _index_file(piece.part)))
-    rows = [row for row in table.to_pylist() if not row["reason"]]
+    exported = table.filter(pc.equal(table.column("reason"), ""))
+    rows = exported.slice(piece.start, piece.stop - piece.start).to_pylist()
     fs, path = store.filesystem(piece.uri)
     if fs.size(path) != piece.num_bytes:
         raise DataError(
@@ -354,8 +356,7 @@ def _samples(
             hint="the source changed meanwhile: export into another --out",
         )
     with fs.open(path, "rb") as file:
-        for number in range(piece.start, piece.stop):
-            row = rows[number]
+        for number, row in enumerate(rows, piece.start):
             members = list(zip(row["suffixes"], _read(file, row, piece.uri), strict=True))
             if write_uid and not row["has_uid"]:
                 members = _with_uid(members, row["uid"], notes)

@@ -239,6 +239,27 @@ def test_a_tar_that_changed_between_the_passes_is_refused(pool: str, everything:
         run(everything, str(root), tmp_path / "out")
 
 
+def test_tars_in_object_stores_give_the_same_bytes(pool: str, everything: str, tmp_path: Path) -> None:
+    """The tasks themselves, in this process: fsspec's memory store is not seen by Ray's workers."""
+    remote = "memory://export-test"
+    for path in Path(pool).glob("*.tar"):
+        store.write_bytes(f"{remote}/pool/{path.name}", path.read_bytes())
+    split = np.load(everything)
+    written = []
+    for source, out in ((pool, str(tmp_path / "out")), (f"{remote}/pool", f"{remote}/out")):
+        shards = list_shards(source)
+        index = f"{out}/index"
+        records = {n: export._index_shard(index, n, shard, (split, None)) for n, shard in enumerate(shards)}
+        outputs = export.Placement(index, shards, records, split).outputs(4)
+        counts = [export._write_shard(out, n, pieces, True) for n, pieces in enumerate(outputs)]
+        assert [record["files"]["tar"] for record in counts] == [
+            store.sha256(store.read_bytes(f"{out}/{n:08d}.tar")) for n in range(len(outputs))
+        ]
+        written.append([store.read_bytes(f"{out}/{n:08d}.tar") for n in range(len(outputs))])
+    assert len(written[0]) == 3
+    assert written[0] == written[1]
+
+
 def test_the_faulty_world_comes_through(
     tiny_world: made.World, tiny_embeddings: dict[str, str], tmp_path: Path
 ) -> None:
