@@ -40,6 +40,7 @@ VERBS = {
     "score": Verb("score:ScoreSettings", "stages.score:run", "one exact pass: pool rows against all test sets"),
     "index": Verb("index:IndexSettings", "stages.index:run", "build a sharded FAISS index"),
     "gaps": Verb("split:GapsSettings", "stages.gaps:run", "measure the similarity gap after every cut"),
+    "export": Verb("export:ExportSettings", "stages.export:run", "copy a split into new shards, bytes unchanged"),
     "train": Verb("train:TrainSettings", "stages.train:run", "train CLIP (or a classifier) on a virtual split"),
     "evaluate": Verb("train:EvaluateSettings", "stages.evaluate:run", "zero-shot accuracy, every prediction kept"),
     "report": Verb("report:ReportSettings", "stages.report:run", "turn a study into one page"),
@@ -62,6 +63,13 @@ SPLITS = {
     "density-match": Verb("split:DensityMatch", "stages.split:run", "no closer and no denser than the reference"),
     "preview": Verb("split:PreviewSettings", "stages.preview:run", "what a cut would keep, before anything is cut"),
     "full": Verb("split:Full", "stages.split:run", "keep every scored row"),
+    "dedup": Verb("subsets:DedupSplit", "stages.subsets:dedup", "keep what a deduplication keeps"),
+    "and": Verb("subsets:And", "stages.subsets:combine", "keep what all of several splits keep"),
+    "or": Verb("subsets:Or", "stages.subsets:combine", "keep what any of several splits keeps"),
+    "minus": Verb("subsets:Minus", "stages.subsets:combine", "keep what the first split keeps and no other does"),
+    "join": Verb("subsets:JoinSettings", "stages.subsets:join", "turn somebody's id list into a split of a pool"),
+    "ids": Verb("subsets:IdsSettings", "stages.subsets:ids", "write a split as LAION keys, or as a table"),
+    "show": Verb("subsets:ShowSettings", "stages.subsets:show", "counts, coverage and inputs of a split"),
 }
 
 

@@ -200,8 +200,13 @@ def _pack(uids: pa.Array) -> np.ndarray:
     if len(wrong):
         raise DataError(f"uid {uids[int(wrong[0])].as_py()!r} is not hexadecimal")
     words = ((nibbles[:, 0::2] << 4) | nibbles[:, 1::2]).view(">u8")
-    packed = np.empty(len(uids), dtype=UID)
-    packed["f0"], packed["f1"] = words[:, 0], words[:, 1]
+    return pack_words(words.ravel())
+
+
+def pack_words(words: np.ndarray) -> np.ndarray:
+    """Pair (2n,) words, high word first, into (n,) `UID`."""
+    packed = np.empty(len(words) // 2, dtype=UID)
+    packed["f0"], packed["f1"] = words[0::2], words[1::2]
     return packed
 
 

@@ -37,9 +37,21 @@ _COPY_ATTEMPTS = 5
 _PARQUET_BATCH_ROWS = 256
 
 
+@dataclass(frozen=True)
+class Member:
+    """One file of a sample inside its tar: the suffix as it is spelled there, and where its bytes lie."""
+
+    suffix: str
+    offset: int
+    size: int
+
+
 @dataclass
 class Sample:
-    """One image with what came beside it. `image` holds the encoded bytes, not pixels."""
+    """One image with what came beside it. `image` holds the encoded bytes, not pixels.
+
+    `members` are all files of the sample in the order of its tar, for those who copy samples; none outside tars.
+    """
 
     key: str
     uid: str
@@ -52,6 +64,7 @@ class Sample:
     group: str = ""
     offset: int = -1
     notes: tuple[str, ...] = ()
+    members: tuple[Member, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def sha256(self) -> str:
@@ -102,18 +115,20 @@ def _hash(*words: str) -> str:
 # --- reading ---------------------------------------------------------------------------------------------
 
 
-def read_shard(shard: Shard) -> Iterator[Sample | Skip]:
+def read_shard(shard: Shard, *, images: bool = True) -> Iterator[Sample | Skip]:
     """Yield every sample of a shard, or the reason why it cannot be one, in the order of the shard.
 
     Args:
         shard: A tar, a parquet file with a column of encoded images, or a folder of image files.
+        images: False leaves `Sample.image` empty where images need not be read (tars): uids, captions and
+            places alone, which costs a small part of the reading.
 
     Yields:
         `Sample` or `Skip`. A truncated tar gives the samples before the cut, then a Skip.
     """
     if shard.kind == "tar":
         with _local_file(shard.uri) as file:
-            yield from _read_tar(file, shard)
+            yield from _read_tar(file, shard, images)
     elif shard.kind == "parquet":
         with _local_file(shard.uri) as file:
             yield from _read_parquet(file, shard)
@@ -149,22 +164,21 @@ def _local_file(uri: str) -> Iterator[IO[bytes]]:
 
 @dataclass
 class _Members:
-    """Byte ranges of one sample's members by lower-case suffix."""
+    """One sample's members by lower-case suffix, in the order of the tar."""
 
     key: str
-    ranges: dict[str, tuple[int, int]]
-    odd_suffix: bool = False
+    ranges: dict[str, Member]
 
-    def image(self) -> tuple[int, int] | None:
+    def image(self) -> Member | None:
         return next((self.ranges[s] for s in IMAGE_SUFFIXES if s in self.ranges), None)
 
 
-def _read_tar(file: IO[bytes], shard: Shard) -> Iterator[Sample | Skip]:
+def _read_tar(file: IO[bytes], shard: Shard, images: bool) -> Iterator[Sample | Skip]:
     groups, problem = _index_tar(file)
     if not groups and problem is None:
         yield Skip("", "empty_shard", "no members", is_sample=False)
     for members in groups:
-        yield _assemble(file, members, shard)
+        yield _assemble(file, members, shard, images)
     if problem is not None:
         yield problem
 
@@ -232,23 +246,24 @@ def _file_member(info: tarfile.TarInfo, groups: dict[str, list[_Members]], order
         latest = _Members(name, {})
         same_key.append(latest)
         order.append(latest)
-    latest.ranges[suffix] = (info.offset_data, info.size)
-    latest.odd_suffix |= image and raw_suffix not in IMAGE_SUFFIXES
+    latest.ranges[suffix] = Member(raw_suffix, info.offset_data, info.size)
 
 
-def _assemble(file: IO[bytes], members: _Members, shard: Shard) -> Sample | Skip:
+def _assemble(file: IO[bytes], members: _Members, shard: Shard, images: bool) -> Sample | Skip:
     def read(suffix: str) -> bytes | None:
         if suffix not in members.ranges:
             return None
-        offset, size = members.ranges[suffix]
-        file.seek(offset)
-        return file.read(size)
+        member = members.ranges[suffix]
+        file.seek(member.offset)
+        return file.read(member.size)
 
     place = members.image()
     if place is None:
         return Skip(members.key, "no_image", f"members: {', '.join(sorted(members.ranges)) or 'none'}")
-    file.seek(place[0])
-    image = file.read(place[1])
+    image = b""
+    if images:
+        file.seek(place.offset)
+        image = file.read(place.size)
     notes = []
     fields: dict[str, Any] = {}
     raw_json = read("json")
@@ -265,7 +280,7 @@ def _assemble(file: IO[bytes], members: _Members, shard: Shard) -> Sample | Skip
         caption = None
     if "#" in members.key:
         notes.append("repeated_key")
-    if members.odd_suffix:
+    if place.suffix not in IMAGE_SUFFIXES:
         notes.append("odd_suffix")
     raw_label = read("cls")
     try:
@@ -274,7 +289,10 @@ def _assemble(file: IO[bytes], members: _Members, shard: Shard) -> Sample | Skip
         return Skip(members.key, "bad_label", f"cls is {raw_label[:40]!r}, expected an integer" if raw_label else "")
     url = _first(fields, URL_FIELDS)
     uid = sample_uid(fields, url, caption, shard, members.key)
-    return Sample(members.key, uid, image, caption, url, fields, label, offset=place[0], notes=tuple(notes))
+    inside = tuple(members.ranges.values())
+    return Sample(
+        members.key, uid, image, caption, url, fields, label, offset=place.offset, notes=tuple(notes), members=inside
+    )
 
 
 def _first(fields: dict[str, Any], names: tuple[str, ...]) -> str | None:
@@ -359,6 +377,7 @@ def write_tar(samples: list[tuple[str, dict[str, bytes]]]) -> bytes:
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "Member",
     "Sample",
     "Shard",
     "Skip",

@@ -6,13 +6,16 @@ one PUT. Nothing here knows stages: see `rundir` for commits, leases and manifes
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
+import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import numpy as np
@@ -74,12 +77,30 @@ def write_bytes(uri: str, data: bytes) -> None:
     if not is_local(uri):
         fs.pipe_file(path, data)
         return
+    with atomic_file(uri) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_file(uri: str) -> Iterator[IO[bytes]]:
+    """Open a file too large for memory for writing; it appears whole when the block ends, not at all if it raises.
+
+    Yields:
+        A binary, seekable local file: the temporary beside a local target, or a spool that is uploaded at the end.
+    """
+    fs, path = filesystem(uri)
+    if not is_local(uri):
+        with tempfile.NamedTemporaryFile(prefix="clipgap-upload-") as spool:
+            yield spool
+            spool.flush()
+            fs.put_file(spool.name, path)
+        return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
+        with open(temporary, "w+b") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

@@ -24,7 +24,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from clipgap_ray import rundir, store
+from clipgap_ray import idlists, rundir, store
 from clipgap_ray.config.train import TrainSettings
 from clipgap_ray.encoder import EncoderSettings, check, register_models
 from clipgap_ray.errors import ConfigError, DataError
@@ -84,7 +84,7 @@ def make_plan(settings: TrainSettings, out: str, image_size: int) -> tuple[Plan,
     Returns:
         The plan, and counts: `available` samples in the sources, `used` after the split.
     """
-    split = store.read_array(settings.split) if settings.split else None
+    split = idlists.read_subset(settings.split) if settings.split else None
     pool = samples.index(settings.source, settings.samples or store.join(out, "samples"))
     supervised = settings.objective == "supervised"
     if supervised and not pool.class_names:

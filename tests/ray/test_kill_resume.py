@@ -1,8 +1,8 @@
 """SIGKILL at the worst moment, run again, compare with a run that nobody disturbed (contract 6).
 
-The driver of embed, score and dedup kills itself between the files of its second part and that part's commit: one
-part is committed, one is written and must be written again, the rest is missing. The driver of train is killed from
-here once Ray Train has registered a checkpoint.
+The driver of embed, score, dedup and export kills itself between the files of its second part and that part's
+commit: one part is committed, one is written and must be written again, the rest is missing. The driver of train is
+killed from here once Ray Train has registered a checkpoint.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from typing import Any
 
 import pytest
 
-from clipgap_ray import rundir
+from clipgap_ray import rundir, schema, store
 from clipgap_ray.config.embed import EmbedSettings
+from clipgap_ray.config.export import ExportSettings
 from clipgap_ray.config.score import DedupSettings, ScoreSettings
 from clipgap_ray.config.train import TrainSettings
-from clipgap_ray.stages import dedup, embed, score, train
+from clipgap_ray.embeddings import EmbeddingSet
+from clipgap_ray.kernels import subsets
+from clipgap_ray.stages import dedup, embed, export, score, train
 from tests import made
 from tests.conftest import RESUME_LOSS_TOLERANCE
 
@@ -39,11 +42,12 @@ from clipgap_ray import rundir
 stage, settings, values, kill = sys.argv[1:]
 append, appended = rundir.CommitLog.append, []
 def die_before_the_second(log, records):
-    if appended and log.uri.startswith(json.loads(values)["out"] + "/commits"):
+    its_own = log.uri == json.loads(values)["out"] + "/" + kill
+    if appended and its_own:
         os.kill(os.getpid(), signal.SIGKILL)
     append(log, records)
-    appended.extend(records)
-if kill == "kill":
+    appended.extend(records if its_own else [])
+if kill:
     rundir.CommitLog.append = die_before_the_second
 module, name = settings.split(":")
 importlib.import_module(stage).run(getattr(importlib.import_module(module), name)(**json.loads(values)))
@@ -90,10 +94,10 @@ class Driver(subprocess.Popen[bytes]):
 
 @pytest.fixture
 def drive() -> Iterator[Callable[..., Driver]]:
-    """Start a stage's driver in a process and a Ray of its own."""
+    """Start a stage's driver in a process and a Ray of its own; `kill` names the commit log at which it dies."""
     started: list[tuple[Driver, str]] = []
 
-    def start(stage: Any, settings: Any, *, kill: bool = False) -> Driver:
+    def start(stage: Any, settings: Any, *, kill: str = "") -> Driver:
         folder = tempfile.mkdtemp(prefix="cg-kill-", dir="/tmp")
         env = {**os.environ, "CLIPGAP_RAY_TMP": folder, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         env.pop("RAY_ADDRESS", None)
@@ -105,7 +109,7 @@ def drive() -> Iterator[Callable[..., Driver]]:
             stage.__name__,
             kind,
             settings.model_dump_json(),
-            "kill" if kill else "",
+            kill,
         ]
         process = Driver(command, env, Path(folder, "driver.err"))
         started.append((process, folder))
@@ -121,7 +125,7 @@ def drive() -> Iterator[Callable[..., Driver]]:
 
 def kill_then_resume(drive: Callable[..., Driver], stage: Any, settings: Any) -> int:
     """Let the driver die before its second commit, then finish; returns the parts that the resumption found."""
-    dead = drive(stage, settings, kill=True)
+    dead = drive(stage, settings, kill="commits")
     assert dead.finish() == -signal.SIGKILL, dead.said()
     assert len(rundir.CommitLog(settings.out).records) == 1
     assert not Path(settings.out, "manifest.json").exists()
@@ -155,6 +159,28 @@ def test_dedup(drive: Any, tiny_embeddings: dict[str, str], tmp_path: Path) -> N
     dedup.run(DedupSettings(**words, out=str(tmp_path / "whole")))
     assert kill_then_resume(drive, dedup, DedupSettings(**words, out=str(tmp_path / "cut"))) == 1
     assert made.files_below(str(tmp_path / "cut" / "keep")) == made.files_below(str(tmp_path / "whole" / "keep"))
+
+
+def test_export(drive: Any, tiny_world: made.World, tiny_embeddings: dict[str, str], tmp_path: Path) -> None:
+    uids = EmbeddingSet.open(tiny_embeddings["pool"]).all_metadata(["uid"]).column("uid")
+    split = str(tmp_path / "half.npy")
+    store.write_bytes(split, store.array_bytes(subsets.sorted_unique(schema.pack_uids(uids))[::2]))
+    words = {"split": split, "source": tiny_world.path("pool"), "shard_size": 70, "write_uid": True}
+    export.run(ExportSettings(**words, out=str(tmp_path / "whole")))
+    cut = ExportSettings(**words, out=str(tmp_path / "cut"))
+    dead = drive(export, cut, kill="index/commits")  # first while the source is indexed, then between two outputs
+    assert dead.finish() == -signal.SIGKILL, dead.said()
+    assert len(rundir.CommitLog(f"{cut.out}/index").records) == 1
+    assert kill_then_resume(drive, export, cut) == 1
+    expected, found = (made.files_below(str(tmp_path / name)) for name in ("whole", "cut"))
+    outputs = [
+        name for name in expected if name.startswith("0") or name in ("sizes.json", "sample_ids.npy", "meta.json")
+    ]
+    assert len(outputs) == 2 * 5 + 3
+    assert [name for name in outputs if expected[name] != found[name]] == []
+    assert [name for name in found if name.endswith(".tmp") or name.endswith(".tar")] == [
+        name for name in outputs if name.endswith(".tar")
+    ]
 
 
 def test_train(drive: Any, tiny_world: made.World, tmp_path: Path) -> None:

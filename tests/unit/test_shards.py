@@ -59,6 +59,20 @@ def test_a_sound_tar_gives_every_sample_with_its_place(tmp_path: Path) -> None:
         assert sample.notes == ()
 
 
+def test_members_say_where_every_file_of_a_sample_lies(tmp_path: Path) -> None:
+    files = [("a.TXT", b"t"), ("b.jpg", made.jpeg(1)), ("a.JPEG", made.jpeg(0)), ("a.seg.npy", b"\x00"), ("a", b"bare")]
+    shard = made.tar_shard(tmp_path / "0.tar", files)
+    data = Path(shard.uri).read_bytes()
+    a, b = (s for s in read_shard(shard) if isinstance(s, Sample))
+    assert [(m.suffix, data[m.offset : m.offset + m.size]) for m in a.members] == [
+        ("TXT", b"t"), ("JPEG", made.jpeg(0)), ("seg.npy", b"\x00"), ("", b"bare"),
+    ]  # fmt: skip
+    assert [m.suffix for m in b.members] == ["jpg"]
+    quick = [s for s in read_shard(shard, images=False) if isinstance(s, Sample)]
+    assert [replace(s, image=b"") for s in (a, b)] == quick
+    assert [s.members for s in quick] == [a.members, b.members]
+
+
 def test_a_remote_tar_reads_like_a_local_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     local = made.tar_shard(tmp_path / "0.tar", [member for n in range(5) for member in triple(n)])
     remote = "memory://shards-test/0.tar"

@@ -107,3 +107,22 @@ def test_digest_ignores_the_order_of_keys_and_nothing_else() -> None:
 )
 def test_join_uses_single_slashes_between_names(uri: str, names: tuple[str, ...], joined: str) -> None:
     assert store.join(uri, *names) == joined
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_large_file_is_whole_or_absent(tmp_path: Path, remote: bool) -> None:
+    uri = "memory://store-test/large" if remote else str(tmp_path / "deep" / "large")
+
+    def die() -> None:
+        with store.atomic_file(uri) as file:
+            file.write(b"half")
+            raise RuntimeError("died")
+
+    with pytest.raises(RuntimeError, match="died"):
+        die()
+    assert not store.exists(uri)
+    with store.atomic_file(uri) as file:
+        file.write(b"x" * 100)
+        assert not store.exists(uri)
+    assert store.read_bytes(uri) == b"x" * 100
+    assert remote or os.listdir(tmp_path / "deep") == ["large"]

@@ -1,0 +1,209 @@
+"""Lists of identities as files: DataComp's subset files, other people's id lists, blocklists.
+
+Whatever an identity is (uid, integer LAION key, webdataset key, sha256, url), here it becomes 128 bits of dtype
+`schema.UID`, so that one sorted array and one search (`kernels/subsets.py`) serve them all. Uids and integers stand
+for themselves; other texts are hashed (blake2b), which at 128 bits is as good as comparing them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from clipgap_ray import schema, store
+from clipgap_ray.errors import ConfigError, DataError
+from clipgap_ray.kernels import subsets
+
+Kind = Literal["uid", "integer", "key"]
+
+INTEGER = re.compile(r"[0-9]{1,18}\Z")  # fits int64; LAION's keys have 9 to 13 digits
+SHA256 = re.compile(r"[0-9a-fA-F]{64}\Z")
+COLUMNS = ("uid", "key", "image_path", "__key__", "id")  # of a parquet list, the first that is there
+
+
+def read_subset(uri: str) -> np.ndarray:
+    """Read a subset file.
+
+    Args:
+        uri: .npy of dtype `UID`. Ours are sorted and unique; one of another tool is sorted and its repeats dropped.
+
+    Returns:
+        (u,) `schema.UID`, sorted and unique; memory-mapped when it is local and already so.
+
+    Raises:
+        DataError: If the file is missing or of another dtype.
+    """
+    array = store.read_array(uri)
+    if array.dtype != schema.UID or array.ndim != 1:
+        raise DataError(
+            f"{uri} is no subset file: its dtype is {array.dtype}, shape {array.shape}; expected (n,) of u8,u8",
+            hint="turn integer keys or texts into a split with `clipgap split join IDS --pool EMB --out NAME.npy`",
+        )
+    return subsets.sorted_unique(array)
+
+
+@dataclass(frozen=True)
+class IdList:
+    """Somebody's list of samples.
+
+    Attributes:
+        kind: "uid"; "integer" = webdataset keys read as numbers (LAION's); "key" = webdataset keys as texts.
+        ids: (n,) `schema.UID`, sorted and unique.
+        num_given: Entries of the file, repeats included.
+    """
+
+    kind: Kind
+    ids: np.ndarray
+    num_given: int
+
+
+def read_ids(uri: str, column: str = "") -> IdList:
+    """Read an id list and find out what its entries are.
+
+    Args:
+        uri: .npy of dtype `UID`, of integers or of texts; .parquet; anything else is read as text, one id per line.
+        column: Column of a parquet file; default the first of `COLUMNS` that is there.
+
+    Raises:
+        DataError: If the list is empty, of no known dtype, or has no such column.
+    """
+    if uri.endswith(".npy"):
+        values = _array_values(uri)
+    elif uri.endswith(".parquet"):
+        values = _column_values(uri, column)
+    else:
+        values = [line.strip() for line in store.read_bytes(uri).decode().splitlines() if line.strip()]
+    if not len(values):
+        raise DataError(f"{uri} holds no id", hint="expected one uid or key per line, or an array of them")
+    if isinstance(values, np.ndarray):
+        kind: Kind = "uid" if values.dtype == schema.UID else "integer"
+        packed = values if kind == "uid" else pack_integers(values)
+    else:
+        kind = kind_of(values)
+        packed = pack(values, kind)
+    return IdList(kind, subsets.sorted_unique(packed), len(values))
+
+
+def _array_values(uri: str) -> np.ndarray | list[str]:
+    try:
+        array = store.read_array(uri)
+    except ValueError as error:  # pickled objects are not read
+        raise DataError(f"{uri} cannot be read without pickle: {error}", hint="save it as integers or texts") from None
+    if array.dtype.kind in "US" and array.ndim == 1:
+        return [str(value) for value in array.astype(str).tolist()]
+    if array.ndim != 1 or (array.dtype != schema.UID and array.dtype.kind not in "iu"):
+        raise DataError(f"{uri} is {array.dtype} of shape {array.shape}, expected (n,) of u8,u8, integers or texts")
+    return array
+
+
+def _column_values(uri: str, column: str) -> np.ndarray | list[str]:
+    table = store.read_table(uri)
+    found = [name for name in ([column] if column else COLUMNS) if name in table.column_names]
+    if not found:
+        raise DataError(
+            f"{uri} has no column {column or ' or '.join(COLUMNS)}: it has {table.column_names}",
+            hint="name the column of ids with --column",
+        )
+    values = table.column(found[0]).drop_null()
+    if pa.types.is_integer(values.type):
+        return values.to_numpy()
+    return [str(value) for value in values.to_pylist()]
+
+
+def kind_of(values: Sequence[str]) -> Kind:
+    """Tell what texts are: uids if all are 32 hex characters, integers if all are digits, else keys."""
+    if all(schema.UID_TEXT.match(value) for value in values):
+        return "uid"
+    return "integer" if all(INTEGER.match(value) for value in values) else "key"
+
+
+def pack(values: Sequence[str], kind: Kind) -> np.ndarray:
+    """Turn n texts of one kind into (n,) `schema.UID`; a text that is no integer becomes one that no list holds."""
+    if kind == "uid":
+        return schema.pack_uids([value.lower() for value in values])
+    if kind == "key":
+        return _hashed(values)
+    return pack_integers(np.array([int(value) if INTEGER.match(value) else -1 for value in values], np.int64))
+
+
+def pack_integers(values: np.ndarray) -> np.ndarray:
+    """Turn (n,) integers into (n,) `schema.UID`: first word zero, negative ones all ones."""
+    packed = np.zeros(len(values), schema.UID)
+    packed["f1"] = values.astype(np.uint64)
+    packed["f0"][values < 0] = np.iinfo(np.uint64).max
+    return packed
+
+
+def _hashed(values: Sequence[str]) -> np.ndarray:
+    digests = b"".join(hashlib.blake2b(value.encode(), digest_size=16).digest() for value in values)
+    return schema.pack_words(np.frombuffer(digests, ">u8"))
+
+
+@dataclass(frozen=True)
+class Blocklist:
+    """Samples that must not leave, by uid, by sha256 of the image bytes, by url; each (n,) `UID`, sorted and unique.
+
+    Attributes:
+        uids: The uids themselves.
+        sha256: Hashes of the 64 hex characters.
+        urls: Hashes of the urls.
+    """
+
+    uids: np.ndarray
+    sha256: np.ndarray
+    urls: np.ndarray
+
+    def reasons(self, uids: np.ndarray, sha256: Sequence[str], urls: Sequence[str | None]) -> list[str]:
+        """Say for each of n samples why it is blocked, "" when it is not.
+
+        Args:
+            uids: (n,) `schema.UID`.
+            sha256: n hex sha256 of the images; may be empty texts when the list holds none.
+            urls: n addresses or None.
+
+        Returns:
+            n of "", "blocked_uid", "blocked_sha256", "blocked_url"; the first that applies.
+        """
+        by_uid = subsets.contains(self.uids, uids)
+        by_sha = subsets.contains(self.sha256, _hashed(sha256))
+        by_url = subsets.contains(self.urls, _hashed([url or "" for url in urls]))
+        found = np.select([by_uid, by_sha, by_url], ["blocked_uid", "blocked_sha256", "blocked_url"], "")
+        return [str(reason) for reason in found]
+
+
+def read_blocklist(uri: str) -> Blocklist:
+    """Read a blocklist: .npy of dtype `UID`, or one uid, sha256 or url per line, mixed; `#` starts a comment line.
+
+    Raises:
+        ConfigError: If a line is none of the three: a takedown that silently does nothing is worse than an error.
+    """
+    if uri.endswith(".npy"):
+        return Blocklist(read_subset(uri), *(np.zeros(0, schema.UID) for _ in range(2)))
+    found: dict[str, list[str]] = {"uid": [], "sha256": [], "url": []}
+    for number, line in enumerate(io.StringIO(store.read_bytes(uri).decode()), 1):
+        entry = line.strip()
+        if not entry or entry.startswith("#"):
+            continue
+        found[_blocked_by(entry, uri, number)].append(entry)
+    lists = [pack(found["uid"], "uid"), _hashed([s.lower() for s in found["sha256"]]), _hashed(found["url"])]
+    return Blocklist(*(subsets.sorted_unique(ids) for ids in lists))
+
+
+def _blocked_by(entry: str, uri: str, number: int) -> str:
+    if schema.UID_TEXT.match(entry):
+        return "uid"
+    if SHA256.match(entry):
+        return "sha256"
+    if "://" in entry:
+        return "url"
+    raise ConfigError(
+        f"{uri} line {number}: {entry[:80]!r} is no uid (32 hex), sha256 (64 hex) or url (with ://)",
+        hint="one entry per line; lines that start with # are comments",
+    )
