@@ -23,8 +23,9 @@ from typing import Any
 import pytest
 
 from clipgap_ray import rundir
+from clipgap_ray.config.dedup import DedupSettings
 from clipgap_ray.config.embed import EmbedSettings
-from clipgap_ray.config.score import DedupSettings, ScoreSettings
+from clipgap_ray.config.score import ScoreSettings
 from clipgap_ray.config.train import TrainSettings
 from clipgap_ray.stages import dedup, embed, score, train
 from tests import made
