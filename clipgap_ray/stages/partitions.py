@@ -11,7 +11,8 @@ Three passes, each resumed by the files it has left in DIR/partitions and DIR/ed
    assigned-<parts>.npz, written last: where each partition starts, and every row's similarity to its own centroid.
 3. edges/: one file per unit, a run of small partitions or a slice of a large one, at most `UNIT_BYTES` of rows.
 
-Memory: a worker holds one group (pass 2) or two units (pass 3); the driver 8 bytes per group and partition.
+Memory: a worker holds a group and twice its regrouped rows (pass 2), or a few copies of two units (pass 3): under 1 GB
+with 2 probes; the driver holds 8 bytes per group and partition, and the k-means sample while it is drawn.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from clipgap_ray.kernels import clustering, duplicates
 from clipgap_ray.stages.edges import Edges, RowMask, gather, group_name, read_edges, run_units, sample_rows, write_edges
 from clipgap_ray.stages.session import Progress, bounded, connect
 
-ASSIGN_BYTES = 1 << 28
-UNIT_BYTES = 1 << 27
+ASSIGN_BYTES = UNIT_BYTES = 1 << 27
+LEAST_UNIT_BYTES = 1 << 22
 SAMPLE_ROWS = 1 << 20  # 1 GB of float16 rows at 512 dimensions; more only for more than 26,000 partitions
 LEAST_POINTS = 40  # sampled rows per partition: FAISS's own lower limit is 39
 
@@ -169,7 +170,9 @@ def partition_edges(
 ) -> Edges:
     """Return every pair above the threshold that shares a partition, among the rows that are alive; each pair once."""
     dtype = record_type(pool.dim, probes)
-    units = plan_units(assigned.starts, max(1, UNIT_BYTES // dtype.itemsize))
+    # About sixteen units or more: enough for a few cores and for an ETA, and the same on every cluster.
+    unit_bytes = min(UNIT_BYTES, max(LEAST_UNIT_BYTES, int(assigned.starts[:, -1].sum()) * dtype.itemsize // 16))
+    units = plan_units(assigned.starts, max(1, unit_bytes // dtype.itemsize))
     connect()
     task = ray.remote(num_cpus=1)(_compare_unit)
     shared = ray.put((alive, assigned.groups, dtype))

@@ -149,11 +149,17 @@ def test_score(drive: Any, tiny_embeddings: dict[str, str], tiny_scores: str, tm
     assert manifests[0] == manifests[1]
 
 
-def test_dedup(drive: Any, tiny_embeddings: dict[str, str], tmp_path: Path) -> None:
-    words = {"pool": tiny_embeddings["pool"], "min_similarity": 0.97}
+@pytest.mark.parametrize("mode", [{}, {"mode": "partitioned", "partitions": 8, "also": [0.9], "stays": "hard"}])
+def test_dedup(drive: Any, tiny_embeddings: dict[str, str], tmp_path: Path, mode: dict[str, Any]) -> None:
+    words = {"pool": tiny_embeddings["pool"], "min_similarity": 0.97, **mode}
     dedup.run(DedupSettings(**words, out=str(tmp_path / "whole")))
     assert kill_then_resume(drive, dedup, DedupSettings(**words, out=str(tmp_path / "cut"))) == 1
-    assert made.files_below(str(tmp_path / "cut" / "keep")) == made.files_below(str(tmp_path / "whole" / "keep"))
+    cut, whole = made.files_below(str(tmp_path / "cut")), made.files_below(str(tmp_path / "whole"))
+    written = {name for name in whole if name.startswith(("keep", "groups", "found.json"))}
+    assert len(written) == (2 * 11 + 3 if mode else 11 + 2)
+    assert all(cut[name] == whole[name] for name in written)
+    manifests = [rundir.read_manifest(str(tmp_path / name), "dedup")["digest"] for name in ("cut", "whole")]
+    assert manifests[0] == manifests[1]
 
 
 def test_train(drive: Any, tiny_world: made.World, tmp_path: Path) -> None:
