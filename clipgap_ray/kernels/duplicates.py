@@ -48,7 +48,9 @@ def edge_blocks(
         # Of the same rows only the upper triangle: no left row beyond the last column.
         for start in range(0, min(len(left), first + columns.shape[1]) if same else len(left), BLOCK_ROWS):
             block = left[start : start + BLOCK_ROWS]
-            i, j = np.nonzero(block.astype(np.float32) @ columns >= floor)
+            # Flat: numpy finds the few ones of a flat mask several times faster than those of a matrix.
+            flat = np.flatnonzero(block.astype(np.float32) @ columns >= floor)
+            i, j = np.divmod(flat, columns.shape[1])
             i, j = i + start, j + first
             if same:
                 i, j = i[i < j], j[i < j]

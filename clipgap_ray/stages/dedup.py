@@ -129,10 +129,13 @@ def _deduplicate(directory: rundir.RunDirectory, pool: EmbeddingSet, settings: D
 
 def _tell(check: dict[str, Any]) -> None:
     for threshold, counts in check["at"].items():
-        rate = "no pair to miss" if counts["miss_rate"] is None else f"miss rate {counts['miss_rate']:.2%}"
+        low, high = counts["miss_rate_95"]
+        rate = counts["miss_rate"]
+        found = "no pair to miss" if rate is None else f"miss rate {rate:.2%} ({low:.2%} to {high:.2%})"
+        pairs, missed, sampled = f"{counts['pairs']:,}", f"{counts['missed']:,}", f"{check['rows']:,}"
         logger.info(
             "dedup: of %s pairs at %s among %s sampled rows and all others, %s were not compared: %s",
-            f"{counts['pairs']:,}", threshold, f"{check['rows']:,}", f"{counts['missed']:,}", rate,
+            pairs, threshold, sampled, missed, found,
         )  # fmt: skip
 
 

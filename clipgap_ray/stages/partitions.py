@@ -28,7 +28,7 @@ import threadpoolctl
 
 from clipgap_ray import schema, store
 from clipgap_ray.embeddings import EmbeddingSet, Part
-from clipgap_ray.kernels import clustering, duplicates
+from clipgap_ray.kernels import clustering, duplicates, intervals
 from clipgap_ray.stages.edges import Edges, RowMask, gather, group_name, read_edges, run_units, sample_rows, write_edges
 from clipgap_ray.stages.session import Progress, bounded, connect
 
@@ -325,7 +325,8 @@ def measure_misses(
         thresholds: Thresholds to report.
 
     Returns:
-        {"rows": m, "at": {threshold: {"pairs", "missed", "miss_rate" (None without pairs)}}}.
+        {"rows": m, "at": {threshold: {"pairs", "missed", "miss_rate" (None without pairs), "miss_rate_95"}}}; the
+        interval is Wilson's and takes pairs as independent, though a row at a border may miss several at once.
     """
     rows, ids = sample_rows(pool, alive, hashes, num_rows, ASSIGN_BYTES, "dedup, check sample")
     task = ray.remote(num_cpus=1)(_check_group)
@@ -344,8 +345,13 @@ def measure_misses(
     for threshold in thresholds:
         above = truth.similarity >= threshold
         pairs, missed = duplicates.count_missed(len(sampled), (true_pairs[0][above], true_pairs[1][above]), found_pairs)
-        rate = missed / pairs if pairs else None
-        report[repr(threshold)] = {"pairs": pairs, "missed": missed, "miss_rate": rate}
+        low, high = intervals.wilson(np.array([missed]), np.array([pairs])) if pairs else (np.zeros(1), np.ones(1))
+        report[repr(threshold)] = {
+            "pairs": pairs,
+            "missed": missed,
+            "miss_rate": missed / pairs if pairs else None,
+            "miss_rate_95": [float(low[0]), float(high[0])],
+        }
     return {"rows": len(ids), "at": report}
 
 
