@@ -36,7 +36,7 @@ VERBS = {
     "world": Verb("world:WorldSettings", "stages.world:run", "render a miniature world with known truth"),
     "import": Verb("embed:ImportSettings", "stages.imports:run", "bring ready embeddings into the layout"),
     "embed": Verb("embed:EmbedSettings", "stages.embed:run", "embed images and captions, one part per shard"),
-    "dedup": Verb("score:DedupSettings", "stages.dedup:run", "find duplicates and decide which rows stay"),
+    "dedup": Verb("dedup:DedupSettings", "stages.dedup:run", "find duplicates and decide which rows stay"),
     "score": Verb("score:ScoreSettings", "stages.score:run", "one exact pass: pool rows against all test sets"),
     "index": Verb("index:IndexSettings", "stages.index:run", "build a sharded FAISS index"),
     "gaps": Verb("split:GapsSettings", "stages.gaps:run", "measure the similarity gap after every cut"),

@@ -22,6 +22,7 @@ UID = np.dtype("u8,u8")
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*\Z")
 UID_TEXT = re.compile(r"[0-9a-fA-F]{32}\Z")
 MAX_ROWS_PER_PART = 1 << 32
+HEX_CHUNK_ROWS = 1 << 20  # 32 MB of text: arrow strings have 32-bit offsets
 
 # Embeddings: metadata/metadata_00000.parquet, row i of the part = row i of the arrays (design 5.3).
 METADATA = pa.schema(
@@ -64,7 +65,17 @@ KEEP = pa.schema(
         ("kept_uid", pa.string()),  # the row that stands for this one; itself when kept
         ("similarity", pa.float32()),  # to the row that removed it; 1 for exact copies, null when kept
         ("reason", pa.string()),  # "", "sha256" or "similarity"
-        ("group", pa.int64()),  # row_id of the group's kept row of lowest uid
+        ("group", pa.int64()),  # row_id of the row that stands for the group
+    ]
+)
+
+# Dedup: groups.parquet, the rows of groups of two and more; the row that stays first, then in the order of staying.
+GROUPS = pa.schema(
+    [
+        ("uid", pa.string()),
+        ("kept_uid", pa.string()),
+        ("similarity", pa.float32()),  # as in the keep table
+        ("group", pa.int64()),
     ]
 )
 
@@ -213,6 +224,39 @@ def pack_words(words: np.ndarray) -> np.ndarray:
 def unpack_uids(packed: np.ndarray) -> list[str]:
     """Turn (n,) `UID` words back into n hex strings of 32 characters."""
     return [f"{int(high):016x}{int(low):016x}" for high, low in packed]
+
+
+def hex_uids(packed: np.ndarray) -> pa.ChunkedArray:
+    """Turn (n,) `UID` words into an arrow column of n hex strings, without a Python object per row."""
+    chunks = []
+    for start in range(0, len(packed), HEX_CHUNK_ROWS):
+        part = packed[start : start + HEX_CHUNK_ROWS]
+        words = np.stack([part["f0"], part["f1"]], axis=1).astype(">u8")
+        offsets = np.arange(len(part) + 1, dtype=np.int32) * 32
+        text = words.tobytes().hex().encode()
+        chunks.append(pa.StringArray.from_buffers(len(part), pa.py_buffer(offsets), pa.py_buffer(text)))
+    return pa.chunked_array(chunks, pa.string())
+
+
+def hash_uids(packed: np.ndarray, seed: int) -> np.ndarray:
+    """Return a hash of (seed, uid): samples drawn by it depend on neither shards nor row order (design contract 3).
+
+    Args:
+        packed: (n,) `UID` words.
+        seed: 0 <= seed < 2**63.
+
+    Returns:
+        (n,) uint64, uniform; splitmix64's finaliser over the two words.
+    """
+    mixed = _mix(packed["f0"] ^ _mix(np.full(1, seed, np.uint64)))
+    return _mix(packed["f1"] ^ mixed)
+
+
+def _mix(words: np.ndarray) -> np.ndarray:
+    words = words + np.uint64(0x9E3779B97F4A7C15)  # unsigned arrays wrap around
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
 
 
 def sort_uids(packed: np.ndarray) -> np.ndarray:

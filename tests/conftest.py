@@ -17,6 +17,7 @@ import hypothesis
 import pytest
 
 from tests import made
+from tests.driver import drive as drive  # a fixture
 
 # Sum order of a float32 loss over a few dozen rows: gradients on two ranks against one process.
 LOSS_TOLERANCE = 1e-6

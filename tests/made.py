@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from clipgap_ray import embeddings, rundir, store, testsets, world
+from clipgap_ray import embeddings, rundir, schema, store, testsets, world
 from clipgap_ray.encoder import EncoderSettings
 from clipgap_ray.sources import Shard, list_shards
 from clipgap_ray.stages import embed
@@ -70,6 +70,26 @@ def embed_without_ray(source: str, out: str, model: str = "projection", pretrain
             directory.log.append([embed._write(out, parts[shard.name], shard.name, chunks, encode.encoder.dim)])
         directory.finish({"encoder": fingerprint, "class_names": list(test_set.class_names) if test_set else []})
     return out
+
+
+def write_embeddings(
+    out: str, parts: list[np.ndarray], uids: list[list[str]], **columns: list[list[Any]]
+) -> embeddings.EmbeddingSet:
+    """Embeddings of given (n, d) rows per part, without images; `columns` are metadata per part."""
+    with rundir.RunDirectory(out, "embed", {"made": "by hand"}) as directory:
+        for number, rows in enumerate(parts):
+            values: dict[str, Any] = {field.name: pa.nulls(len(rows), field.type) for field in schema.METADATA}
+            values |= {
+                "row_id": pa.array(schema.row_ids(number, len(rows))),
+                "uid": pa.array(uids[number], pa.string()),
+            }
+            values["sha256"] = pa.array([""] * len(rows), pa.string())
+            values |= {name: pa.array(v[number], schema.METADATA.field(name).type) for name, v in columns.items()}
+            table = pa.table(values, schema=schema.METADATA)
+            record = embeddings.write_part(out, number, f"{number}.tar", rows, None, table, schema.LEDGER.empty_table())
+            directory.log.append([record])
+        directory.finish({"encoder": {"dim": int(parts[0].shape[1]), "model": "by hand"}})
+    return embeddings.EmbeddingSet.open(out)
 
 
 def score_words(made: dict[str, str], tests: tuple[str, ...] = TESTS) -> dict[str, Any]:

@@ -60,3 +60,13 @@ def greedy(num_rows: int, edges: set[tuple[int, int]]) -> list[bool]:
     for j in range(num_rows):
         keep.append(not any(keep[i] and ((i, j) in edges or (j, i) in edges) for i in range(j)))
     return keep
+
+
+def compared(rows: np.ndarray, centroids: np.ndarray, probes: int) -> np.ndarray:
+    """(n, n) bool: one row's own partition is among the `probes` nearest of the other."""
+    order = nearest(rows, centroids, np.arange(len(centroids)), min(probes, len(centroids)))[1]
+    visits = np.zeros((len(rows), len(centroids)), bool)
+    for row, partitions in enumerate(order):
+        visits[row, partitions] = True
+    at_home = visits[:, order[:, 0]]  # [x, y]: x visits the partition of y
+    return at_home | at_home.T

@@ -1,30 +1,14 @@
-"""Settings of `score` and `dedup`."""
+"""Settings of `score`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import pydantic
 
 from clipgap_ray import schema
 from clipgap_ray.config.base import Operational, Settings
 from clipgap_ray.errors import ConfigError
-
-
-class DedupSettings(Settings):
-    """Find duplicates in a pool by image bytes and by similarity, and decide which rows stay."""
-
-    pool: str
-    """Folder of embeddings."""
-    out: str
-    """Directory for the keep table."""
-    min_similarity: pydantic.PositiveFloat = 0.876
-    """Two rows at least this alike are duplicates (the paper's 1 - 0.124). Exact copies (sha256) always are."""
-    rule: Literal["greedy", "semdedup", "components"] = "greedy"
-    """greedy: close to a kept row; semdedup: close to any earlier row (reproduces the papers, chain effect
-    included); components: one row per connected component."""
-    order: Literal["uid", "source"] = "uid"
-    """Which of two duplicates comes first: by uid (independent of shards), or by source order as in the papers."""
 
 
 class ScoreSettings(Settings):

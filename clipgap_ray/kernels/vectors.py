@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+PAIRS_AT_ONCE = 1 << 14  # 128 MB of float64 rows at 512 dimensions
+
 
 def to_storage(rows: np.ndarray) -> np.ndarray:
     """Round (n, d) rows to the storage precision float16; both sides of a comparison go through here."""
@@ -43,6 +45,25 @@ def exact_pairs(left: np.ndarray, right: np.ndarray) -> np.ndarray:
         (n,) float64.
     """
     return np.einsum("nd,nd->n", left.astype(np.float64), right.astype(np.float64))
+
+
+def exact_pairs_at(left: np.ndarray, i: np.ndarray, right: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Return the exact similarities of left[i] with right[j], a bounded number of rows at a time.
+
+    Args:
+        left: (n, d) float16.
+        i: (e,) int64 positions in `left`.
+        right: (m, d) float16.
+        j: (e,) int64 positions in `right`.
+
+    Returns:
+        (e,) float64.
+    """
+    result = np.empty(len(i))
+    for start in range(0, len(i), PAIRS_AT_ONCE):
+        part = slice(start, start + PAIRS_AT_ONCE)
+        result[part] = exact_pairs(left[i[part]], right[j[part]])
+    return result
 
 
 def exact_matrix(left: np.ndarray, right: np.ndarray) -> np.ndarray:

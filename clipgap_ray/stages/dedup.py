@@ -1,175 +1,361 @@
-"""Duplicates of a pool: equal bytes by sha256, near ones by exact similarity over all pairs of groups of parts.
+"""Duplicates of a pool: equal bytes by sha256, near ones by exact similarity, and a rule that says which rows stay.
 
-Tasks compare group with group and return edges only (row, row, similarity), never a matrix; the driver applies the
-rule in uid order, so the result depends on neither shards nor workers.
+Rows are put in the order in which they stay (`--stays`, `--order`). Of equal bytes the first stays. Among what is left
+tasks find edges (row, row, similarity), never a matrix: over all pairs of groups of parts (stages/edges), or within and
+across k-means partitions (stages/partitions), where the share of pairs that were not compared is measured and
+reported. The driver applies the rule to the edges by rank, so that the result depends on neither shards nor workers.
 
-Writes: DIR/keep/part-00000.parquet (schema.KEEP). Unit of restart: the pair of groups while the edges are
-computed (DIR/edges/), the whole rule afterwards. Cost: all pairs, O(n^2 d) - seconds at 20,000 rows, an hour of one
-GPU at ten million.
+Writes, for the first threshold and in keep-VALUE, groups-VALUE.parquet for every further one:
+    DIR/keep/part-00000.parquet   schema.KEEP
+    DIR/groups.parquet            schema.GROUPS
+    DIR/found.json                mode and reason, edges, and the measured miss rate; also in summary.json
+Unit of restart: the file of edges (and of assigned rows) while pairs are compared, then the part.
+Memory of the driver: at most 250 bytes per row (2.5 GB at 10 million; no Python object per row outlives a part), and
+the edges (stages/edges). Cost: exact O(n^2 d), minutes at 200,000 rows on two cores; partitioned
+O(n (K + probes n / K) d).
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
+import re
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
+import pyarrow.compute as pc
 
 from clipgap_ray import rundir, schema, store
-from clipgap_ray.config.score import DedupSettings
-from clipgap_ray.embeddings import EmbeddingSet, Part
-from clipgap_ray.errors import ConfigError
+from clipgap_ray.config.dedup import COLUMNS, DedupSettings
+from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.kernels import duplicates
+from clipgap_ray.stages import edges, partitions
 from clipgap_ray.stages.keep import keep_path
-from clipgap_ray.stages.session import Progress, bounded, connect
+from clipgap_ray.stages.session import Progress, logger
 
-GROUP_BYTES = 64 << 20
-MAX_EDGES = 100_000_000  # 2.4 GB of edges in the driver
+LEAST_GROUP_BYTES, GROUP_BYTES = 1 << 20, 64 << 20
+EXACT_ROWS = 200_000  # (2e5)^2 * 512 flop = 2e13: four minutes at the 85 GFLOP/s of two cores
+ROWS_PER_PARTITION = 8192  # the paper's 400 million rows in 50,000 partitions
+SHA256 = re.compile(r"[0-9a-fA-F]{64}\Z")
+# The three samples that hashes of (seed, uid) draw are independent of each other.
+SAMPLE_STREAM, CHECK_STREAM, STAYS_STREAM = 0, 1 << 32, 2 << 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `auto` became: the mode, why, and how many partitions the k-means gets."""
+
+    mode: str
+    why: str
+    partitions: int
+
+    @staticmethod
+    def of(settings: DedupSettings, num_rows: int) -> Plan:
+        """Choose the mode for a number of rows."""
+        num_partitions = settings.partitions or max(1, round(num_rows / ROWS_PER_PARTITION))
+        mode = settings.mode
+        if mode == "auto":
+            mode = "exact" if num_rows <= EXACT_ROWS else "partitioned"
+            reason = f"{num_rows:,} rows are {'at most' if mode == 'exact' else 'more than'} {EXACT_ROWS:,}"
+        else:
+            reason = "as asked for"
+        what = "all pairs" if mode == "exact" else f"{num_partitions:,} partitions, {settings.probes} probed per row"
+        return Plan(mode, f"{mode} ({what}): {reason}", num_partitions)
 
 
 def run(settings: DedupSettings) -> rundir.Summary:
     """Deduplicate a pool.
 
     Raises:
-        ConfigError: If the threshold is so low that more than `MAX_EDGES` pairs pass it.
+        ConfigError: If the lowest threshold is so low that more than `edges.MAX_EDGES` pairs pass it.
+        StaleOutputError: If the directory was written with other settings.
     """
     pool = EmbeddingSet.open(settings.pool)
-    guarded = {**settings.fingerprint(), "pool": pool.digest}
-    guarded.pop("out")
-    with rundir.RunDirectory(settings.out, "dedup", guarded) as directory:
+    plan = Plan.of(settings, pool.num_rows)
+    logger.info("dedup: %s", plan.why)
+    with rundir.RunDirectory(settings.out, "dedup", _guarded(settings, plan, pool)) as directory:
         if len(directory.log.records) < len(pool.parts):
-            first, second, similarity = _all_edges(directory.uri, pool, settings.min_similarity)
-            tables = decide(pool, first, second, similarity, settings)
-            for part, table in tables.items():
-                directory.log.append([_write(directory.uri, part, table)])
+            _deduplicate(directory, pool, settings, plan)
         manifest = {"pool": {"uri": pool.uri, "digest": pool.digest, "rows": pool.num_rows}, "encoder": pool.encoder}
-        return directory.finish(manifest)
+        found = store.read_json(directory.path("found.json"))
+        summary = directory.finish(manifest, **found, thresholds=_per_threshold(directory, settings))
+        partitions.remove_rows(directory.uri)
+        return summary
 
 
-def _all_edges(uri: str, pool: EmbeddingSet, min_similarity: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (row_id, row_id, similarity) of every pair above the threshold; finished pairs are read back."""
-    groups = list(pool.groups(GROUP_BYTES))
-    pairs = [(i, j) for i in range(len(groups)) for j in range(i, len(groups))]
-    connect()
-    task = ray.remote(num_cpus=1)(_compare)
-    progress = Progress("dedup", len(pairs), "pairs of groups")
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    total = 0
+def _guarded(settings: DedupSettings, plan: Plan, pool: EmbeddingSet) -> dict[str, Any]:
+    """Settings that decide the output: the resolved mode, and what it does not use left out."""
+    guarded = {**settings.fingerprint(), "pool": pool.digest, "mode": plan.mode, "partitions": plan.partitions}
+    guarded.pop("out")
+    unused = {"probes", "check_rows"} if plan.mode == "exact" else set()
+    if plan.mode == "exact" and not settings.needs_centroids:
+        unused |= {"partitions"} | ({"seed"} if settings.stays != "random" else set())
+    return {name: value for name, value in guarded.items() if name not in unused}
 
-    def submit(pair: tuple[int, int]) -> Any:
-        return task.remote(uri, pool, groups[pair[0]], groups[pair[1]], pair, min_similarity)
 
-    for edges in bounded(submit, pairs):
-        found.append(edges)
-        total += len(edges[0])
-        progress.advance(rows=len(edges[0]))
-        if total > MAX_EDGES:
-            raise ConfigError(
-                f"more than {MAX_EDGES:,} pairs are at least {min_similarity} alike",
-                hint="raise --min-similarity: at this value most of the pool is its own duplicate",
+def _deduplicate(directory: rundir.RunDirectory, pool: EmbeddingSet, settings: DedupSettings, plan: Plan) -> None:
+    rows = read_rows(pool, settings.stays)
+    assigned = None
+    if plan.mode == "partitioned" or settings.needs_centroids:
+        hashes = schema.hash_uids(rows.uids, settings.seed + SAMPLE_STREAM)
+        centroids = partitions.centroids_of(directory.uri, pool, hashes, plan.partitions, settings.seed)
+        probes = min(settings.probes, len(centroids)) if plan.mode == "partitioned" else 1
+        assigned = partitions.assign_rows(directory.uri, pool, centroids, probes, regroup=plan.mode == "partitioned")
+    order = stay_order(rows, settings, assigned.similarity if assigned else None)
+    copy_of = equal_bytes(rows, order)
+    alive = np.empty(len(order), bool)
+    alive[order] = copy_of == np.arange(len(order))
+    mask = edges.RowMask(pool, alive)
+    lowest = min(settings.thresholds)
+    if plan.mode == "exact" or assigned is None:
+        # About eight groups make 36 tasks: enough for a few cores and for an ETA, and the same on every cluster.
+        group_bytes = min(GROUP_BYTES, max(LEAST_GROUP_BYTES, pool.num_rows * pool.dim * 2 // 8))
+        found = edges.exact_edges(directory.uri, pool, mask, lowest, group_bytes)
+    else:
+        found = partitions.partition_edges(directory.uri, pool, mask, assigned, probes, lowest)
+    report: dict[str, Any] = {"mode": plan.mode, "why": plan.why, "edges": len(found.first)}
+    if plan.mode == "partitioned":
+        report |= {"partitions": len(centroids), "probes": probes}
+        if settings.check_rows:
+            hashes = schema.hash_uids(rows.uids, settings.seed + CHECK_STREAM)
+            report["check"] = partitions.measure_misses(
+                directory.uri, pool, mask, hashes, settings.check_rows, found, settings.thresholds
             )
+            _tell(report["check"])
+    store.write_json(directory.path("found.json"), report)
+    _write_all(directory, pool, settings, rows, order, copy_of, ranked(found, mask, order))
+
+
+def _tell(check: dict[str, Any]) -> None:
+    for threshold, counts in check["at"].items():
+        low, high = counts["miss_rate_95"]
+        rate = counts["miss_rate"]
+        found = "no pair to miss" if rate is None else f"miss rate {rate:.2%} ({low:.2%} to {high:.2%})"
+        pairs, missed, sampled = f"{counts['pairs']:,}", f"{counts['missed']:,}", f"{check['rows']:,}"
+        logger.info(
+            "dedup: of %s pairs at %s among %s sampled rows and all others, %s were not compared: %s",
+            pairs, threshold, sampled, missed, found,
+        )  # fmt: skip
+
+
+# --- rows and their order --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the driver knows of every row, in pool order.
+
+    Attributes:
+        row_ids: (n,) int64.
+        uids: (n,) `schema.UID`.
+        sha256: (n, 5) uint64, equal iff the image bytes are: four words of the hash and 0, or the row's own number
+            where the hash is unknown (imported embeddings have no bytes).
+        column: (n,) float64 values of the column of `--stays`, NaN where unknown; None without one.
+    """
+
+    row_ids: np.ndarray
+    uids: np.ndarray
+    sha256: np.ndarray
+    column: np.ndarray | None
+
+
+def read_rows(pool: EmbeddingSet, stays: str) -> Rows:
+    """Read what dedup needs of the metadata, part by part: 64 bytes per row, no Python object that outlives a part."""
+    wanted = {"resolution": ["width", "height"]}.get(stays, [stays]) if stays in COLUMNS else []
+    progress = Progress("dedup, metadata", len(pool.parts), "parts")
+    row_ids, uids, sha256, values = [], [], [], []
+    num_rows = 0
+    for part in pool.parts:
+        table = pool.metadata(part.number, ["row_id", "uid", "sha256", *wanted])
+        row_ids.append(table.column("row_id").to_numpy())
+        uids.append(schema.pack_uids(table.column("uid")))
+        sha256.append(_sha_keys(table.column("sha256").to_pylist(), num_rows))
+        columns = [pc.cast(table.column(name), pa.float64()).to_numpy() for name in wanted]
+        values.append(np.prod(columns, axis=0) if columns else np.zeros(0))
+        num_rows += table.num_rows
+        progress.advance(rows=table.num_rows)
     progress.close()
-    first, second, similarity = (np.concatenate(columns) for columns in zip(*found, strict=True))
-    return first, second, similarity
+    column = np.concatenate(values) if wanted else None
+    return Rows(np.concatenate(row_ids), np.concatenate(uids), np.concatenate(sha256), column)
 
 
-def _compare(
-    uri: str, pool: EmbeddingSet, left: list[Part], right: list[Part], pair: tuple[int, int], min_similarity: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    path = store.join(uri, "edges", f"{pair[0]:05d}-{pair[1]:05d}.npz")
-    if store.exists(path):
-        with np.load(io.BytesIO(store.read_bytes(path)), allow_pickle=False) as arrays:
-            return arrays["first"], arrays["second"], arrays["similarity"]
-    rows, ids = _gather(pool, left)
-    other, other_ids = (rows, ids) if pair[0] == pair[1] else _gather(pool, right)
-    i, j, similarity = duplicates.edges(rows, other, min_similarity, same=pair[0] == pair[1])
-    buffer = io.BytesIO()
-    np.savez(buffer, first=ids[i], second=other_ids[j], similarity=similarity)
-    store.write_bytes(path, buffer.getvalue())
-    return ids[i], other_ids[j], similarity
+def _sha_keys(texts: list[str | None], first: int) -> np.ndarray:
+    keys = np.zeros((len(texts), 5), np.uint64)
+    for row, text in enumerate(texts):
+        if text:
+            # A column that users brought may hold another hash than ours: what counts is equality.
+            raw = bytes.fromhex(text) if SHA256.match(text) else hashlib.sha256(text.encode()).digest()
+            keys[row, :4] = np.frombuffer(raw, ">u8")
+        else:
+            keys[row, 4] = first + row + 1
+    return keys
 
 
-def _gather(pool: EmbeddingSet, parts: list[Part]) -> tuple[np.ndarray, np.ndarray]:
-    rows = np.concatenate([np.asarray(pool.images(part.number)) for part in parts])
-    return rows, np.concatenate([schema.row_ids(part.number, part.num_rows) for part in parts])
+def stay_order(rows: Rows, settings: DedupSettings, to_centroid: np.ndarray | None) -> np.ndarray:
+    """Put rows in the order in which they stay: of two duplicates the earlier one does.
+
+    Args:
+        rows: The rows.
+        settings: `stays`, `order` and `seed`.
+        to_centroid: (n,) float64 similarity of every row to its own centroid, for hard and easy.
+
+    Returns:
+        (n,) int64 positions in the pool.
+    """
+    if settings.order == "source":
+        base = np.argsort(rows.row_ids, kind="stable")
+    else:
+        base = np.lexsort((rows.row_ids, rows.uids["f1"], rows.uids["f0"]))
+    key: np.ndarray | None = None
+    if settings.stays == "random":
+        key = schema.hash_uids(rows.uids, settings.seed + STAYS_STREAM)
+    elif settings.stays == "hard":
+        key = to_centroid
+    elif settings.stays == "easy":
+        key = None if to_centroid is None else -to_centroid
+    elif rows.column is not None:
+        key = -rows.column  # NaN sorts last
+    return base if key is None else base[np.argsort(key[base], kind="stable")]
 
 
-def decide(
-    pool: EmbeddingSet, first: np.ndarray, second: np.ndarray, similarity: np.ndarray, settings: DedupSettings
-) -> dict[int, pa.Table]:
-    """Apply equal bytes first, then the rule to the edges among what is left; tables of `schema.KEEP` per part."""
-    meta = pool.all_metadata(["row_id", "uid", "sha256"])
-    row_ids = meta.column("row_id").to_numpy()
-    uids = schema.pack_uids(meta.column("uid"))
-    by_uid = np.lexsort((row_ids, uids["f1"], uids["f0"]))
-    order = np.argsort(row_ids, kind="stable") if settings.order == "source" else by_uid
+def equal_bytes(rows: Rows, order: np.ndarray) -> np.ndarray:
+    """Return (n,) int64: by rank, the rank of the first row with the same image bytes."""
+    return duplicates.first_equal(rows.sha256[order])
+
+
+def ranked(found: edges.Edges, mask: edges.RowMask, order: np.ndarray) -> edges.Edges:
+    """Return edges between ranks instead of row ids."""
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
-
-    ordered_sha = np.array(meta.column("sha256").to_pylist())[order]
-    _, head, inverse = np.unique(ordered_sha, return_index=True, return_inverse=True)
-    exact = head[inverse]  # rank of the first row with the same bytes
-    unknown = ordered_sha == ""  # imported embeddings have no bytes
-    exact[unknown] = np.nonzero(unknown)[0]
-    stays = exact == np.arange(len(order))
-
-    position = np.searchsorted(row_ids, first), np.searchsorted(row_ids, second)
-    low, high = rank[position[0]], rank[position[1]]
-    among = stays[low] & stays[high]
-    _, representative = duplicates.resolve(len(order), low[among], high[among], similarity[among], settings.rule)
-    removed_by = np.where(stays, representative, exact)
-    return _tables(pool, meta, order, rank, removed_by, stays, (low, high, similarity))
+    return edges.Edges(rank[mask.positions(found.first)], rank[mask.positions(found.second)], found.similarity)
 
 
-def _tables(
+# --- decisions -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one threshold decides, by rank.
+
+    Attributes:
+        head: (n,) int64 the rank that stands for each; itself when the row stays.
+        similarity: (n,) float32 to the row that removed it; NaN when it stays, or in a component without that edge.
+        copy: (n,) bool it went for its bytes.
+    """
+
+    head: np.ndarray
+    similarity: np.ndarray
+    copy: np.ndarray
+
+
+def decide(copy_of: np.ndarray, found: edges.Edges, min_similarity: float, rule: duplicates.Rule) -> Decision:
+    """Apply equal bytes first, then the rule to the edges among what is left.
+
+    Args:
+        copy_of: (n,) int64 of `equal_bytes`.
+        found: Edges between ranks of rows that are nobody's copy.
+        min_similarity: Threshold, inclusive; edges below it are ignored.
+        rule: Of `kernels.duplicates`.
+    """
+    close = found.similarity >= min_similarity
+    chosen = found if close.all() else edges.Edges(*(column[close] for column in found))
+    _, removed_by = duplicates.resolve(len(copy_of), chosen.first, chosen.second, chosen.similarity, rule)
+    similarity = duplicates.similarity_to(removed_by, *chosen).astype(np.float32)
+    copy = copy_of != np.arange(len(copy_of))
+    similarity[copy] = 1.0
+    return Decision(duplicates.heads(np.where(copy, copy_of, removed_by)), similarity, copy)
+
+
+def _write_all(
+    directory: rundir.RunDirectory,
     pool: EmbeddingSet,
-    meta: pa.Table,
+    settings: DedupSettings,
+    rows: Rows,
     order: np.ndarray,
-    rank: np.ndarray,
-    removed_by: np.ndarray,
-    stays: np.ndarray,
-    edges: tuple[np.ndarray, np.ndarray, np.ndarray],
-) -> dict[int, pa.Table]:
-    """Turn ranks back into rows: who stands for each row, why, and the group's head."""
-    keep = removed_by == np.arange(len(order))
-    head = removed_by.copy()
-    while not np.array_equal(head, removed_by[head]):  # follow the chain to the row that stays
-        head = removed_by[head]
-    low, high, values = edges
-    similarity = np.where(stays, np.nan, 1.0)
-    hit = removed_by[np.maximum(low, high)] == np.minimum(low, high)
-    near = hit & stays[np.maximum(low, high)]
-    similarity[np.maximum(low, high)[near]] = values[near]
-    row_ids, uids = meta.column("row_id").to_numpy(), meta.column("uid").to_pylist()
-    by_row = rank  # position in the pool -> rank
-    stands = order[head[by_row]]
-    kept = keep[by_row]
-    s = similarity[by_row].astype(np.float32)
-    table = pa.table(
+    copy_of: np.ndarray,
+    found: edges.Edges,
+) -> None:
+    """Decide every threshold, write its groups, then the keep tables: a part's commit holds all its thresholds."""
+    decisions = {}
+    for threshold in settings.thresholds:
+        decision = decide(copy_of, found, threshold, settings.rule)
+        suffix = "" if threshold == settings.min_similarity else f"-{threshold!r}"
+        store.write_table(directory.path(f"groups{suffix}.parquet"), groups_table(rows, order, decision))
+        decisions[suffix] = decision
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    progress = Progress("dedup, write", len(pool.parts), "parts", done=len(directory.log.records))
+    start = 0
+    for part in pool.parts:
+        here = slice(start, start + part.num_rows)
+        start += part.num_rows
+        if part.number in directory.log.records:
+            continue
+        files, counts = {}, {}
+        for suffix, decision in decisions.items():
+            table = _keep_table(rows, order, decision, here, rank[here])
+            data = store.table_bytes(table)
+            store.write_bytes(keep_path(directory.uri, part.number, f"keep{suffix}"), data)
+            files[f"keep{suffix}"] = store.sha256(data)
+            counts[suffix] = _counts(table)
+        also = {suffix: counts[suffix] for suffix in decisions if suffix}
+        record = {"part": part.number, "read": part.num_rows, **counts[""], "files": files, "also": also}
+        directory.log.append([record])
+        progress.advance(rows=part.num_rows)
+    progress.close()
+
+
+def _keep_table(rows: Rows, order: np.ndarray, decision: Decision, here: slice, ranks: np.ndarray) -> pa.Table:
+    """`schema.KEEP` of one part: positions `here` of the pool, which have these ranks."""
+    head = decision.head[ranks]
+    keep = head == ranks
+    stands = order[head]
+    similarity = decision.similarity[ranks]
+    return pa.table(
         {
-            "row_id": row_ids,
-            "uid": uids,
-            "keep": kept,
-            "kept_uid": [uids[i] for i in stands.tolist()],
-            "similarity": pa.array(s, mask=kept | np.isnan(s)),
-            "reason": np.where(kept, "", np.where(stays[by_row], "similarity", "sha256")),
-            "group": row_ids[stands],
+            "row_id": rows.row_ids[here],
+            "uid": schema.hex_uids(rows.uids[here]),
+            "keep": keep,
+            "kept_uid": schema.hex_uids(rows.uids[stands]),
+            "similarity": pa.array(similarity, mask=keep | np.isnan(similarity)),
+            "reason": np.where(keep, "", np.where(decision.copy[ranks], "sha256", "similarity")),
+            "group": rows.row_ids[stands],
         },
         schema=schema.KEEP,
     )
-    tables, start = {}, 0
-    for part in pool.parts:
-        tables[part.number] = table.slice(start, part.num_rows)
-        start += part.num_rows
-    return tables
 
 
-def _write(uri: str, part: int, table: pa.Table) -> dict[str, Any]:
-    data = store.table_bytes(table)
-    store.write_bytes(keep_path(uri, part), data)
-    reasons = table.column("reason").to_pylist()
-    dropped = {name: reasons.count(name) for name in ("sha256", "similarity") if name in reasons}
-    kept = reasons.count("")
-    return {"part": part, "read": len(reasons), "kept": kept, "dropped": dropped, "files": {"keep": store.sha256(data)}}
+def groups_table(rows: Rows, order: np.ndarray, decision: Decision) -> pa.Table:
+    """Return `schema.GROUPS`: the members of groups of two and more, group by group in the order of staying."""
+    size = np.bincount(decision.head, minlength=len(order))
+    members = np.nonzero(size[decision.head] > 1)[0]
+    members = members[np.argsort(decision.head[members], kind="stable")]
+    stands = order[decision.head[members]]
+    similarity = decision.similarity[members]
+    return pa.table(
+        {
+            "uid": schema.hex_uids(rows.uids[order[members]]),
+            "kept_uid": schema.hex_uids(rows.uids[stands]),
+            "similarity": pa.array(similarity, mask=np.isnan(similarity)),
+            "group": rows.row_ids[stands],
+        },
+        schema=schema.GROUPS,
+    )
+
+
+def _counts(table: pa.Table) -> dict[str, Any]:
+    reasons = {item["values"]: item["counts"] for item in table.column("reason").value_counts().to_pylist()}
+    dropped = {name: reasons[name] for name in ("sha256", "similarity") if name in reasons}
+    return {"kept": reasons.get("", 0), "dropped": dropped}
+
+
+def _per_threshold(directory: rundir.RunDirectory, settings: DedupSettings) -> dict[str, Any]:
+    """Rows kept and dropped at every threshold, summed over the parts."""
+    totals = {}
+    for threshold in settings.thresholds:
+        total = rundir.Summary("dedup")
+        for record in directory.log.records.values():
+            total.add(record if threshold == settings.min_similarity else record["also"][f"-{threshold!r}"])
+        totals[repr(threshold)] = {"kept": total.kept, "dropped": total.dropped}
+    return totals

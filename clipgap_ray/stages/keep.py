@@ -16,7 +16,8 @@ def read_keep(uri: str, pool: EmbeddingSet) -> dict[int, np.ndarray]:
     """Return a keep mask for every part of a pool.
 
     Args:
-        uri: A dedup directory, or a split's `.npy` (its bitmap `.rows.npz` lies beside it).
+        uri: A dedup directory, its folder `keep-VALUE` of a further threshold, or a split's `.npy` (its bitmap
+            `.rows.npz` lies beside it).
         pool: The pool it was made from.
 
     Returns:
@@ -27,18 +28,28 @@ def read_keep(uri: str, pool: EmbeddingSet) -> dict[int, np.ndarray]:
     """
     if uri.endswith(".npy"):
         return read_split(uri, pool)
+    uri, folder = _keep_folder(uri)
     manifest = rundir.read_manifest(uri, "dedup")
     if manifest["pool"]["digest"] != pool.digest:
         raise DataError(f"{uri} was made from another pool than {pool.uri}", hint="run `clipgap dedup` on this pool")
     return {
-        part.number: store.read_table(keep_path(uri, part.number), ["keep"]).column("keep").to_numpy(False)
+        part.number: store.read_table(keep_path(uri, part.number, folder), ["keep"]).column("keep").to_numpy(False)
         for part in pool.parts
     }
 
 
-def keep_path(uri: str, part: int) -> str:
-    """Return the path of a part's keep table in a dedup directory."""
-    return store.join(uri, "keep", f"part-{part:05d}.parquet")
+def _keep_folder(uri: str) -> tuple[str, str]:
+    """Split DIR/keep or DIR/keep-VALUE into directory and folder; a dedup directory itself means its `keep`."""
+    directory, _, name = uri.rstrip("/").rpartition("/")
+    inside = name == "keep" or name.startswith("keep-")
+    if inside and directory and not store.exists(store.join(uri, "manifest.json")):
+        return directory, name
+    return uri, "keep"
+
+
+def keep_path(uri: str, part: int, folder: str = "keep") -> str:
+    """Return the path of a part's keep table in a dedup directory; `folder` is keep or keep-VALUE."""
+    return store.join(uri, folder, f"part-{part:05d}.parquet")
 
 
 def bitmap_path(split: str) -> str:

@@ -18,10 +18,11 @@ from typing import Any
 
 from clipgap_ray import __version__, rundir, store, world
 from clipgap_ray.config.base import read_yaml
+from clipgap_ray.config.dedup import DedupSettings
 from clipgap_ray.config.embed import EmbedSettings
 from clipgap_ray.config.index import IndexSettings
 from clipgap_ray.config.report import ReportSettings
-from clipgap_ray.config.score import DedupSettings, ScoreSettings
+from clipgap_ray.config.score import ScoreSettings
 from clipgap_ray.config.split import Full, GapsSettings
 from clipgap_ray.config.study import DemoSettings, RunSection, RunSettings, StudyFile
 from clipgap_ray.config.train import EvaluateSettings, TrainSettings

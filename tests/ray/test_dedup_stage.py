@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from clipgap_ray import schema, store
-from clipgap_ray.config.score import DedupSettings
+from clipgap_ray.config.dedup import DedupSettings
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import StaleOutputError
 from clipgap_ray.stages import dedup

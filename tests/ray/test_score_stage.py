@@ -11,7 +11,8 @@ import pyarrow as pa
 import pytest
 
 from clipgap_ray import rundir, schema, store
-from clipgap_ray.config.score import DedupSettings, ScoreSettings
+from clipgap_ray.config.dedup import DedupSettings
+from clipgap_ray.config.score import ScoreSettings
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import ConfigError, DataError, IndexMismatchError, StaleOutputError
 from clipgap_ray.kernels.vectors import error_bound

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from clipgap_ray import schema, store
+from clipgap_ray.config.dedup import DedupSettings
 from clipgap_ray.config.export import ExportSettings
-from clipgap_ray.config.score import DedupSettings, ScoreSettings
+from clipgap_ray.config.score import ScoreSettings
 from clipgap_ray.config.split import Full, GapMatch, GapsSettings
 from clipgap_ray.config.subsets import And, DedupSplit, Minus
 from clipgap_ray.embeddings import EmbeddingSet

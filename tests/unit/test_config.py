@@ -12,8 +12,9 @@ import pytest
 
 from clipgap_ray import config
 from clipgap_ray.config.base import Operational, Settings, read_yaml
+from clipgap_ray.config.dedup import DedupSettings
 from clipgap_ray.config.embed import EmbedSettings
-from clipgap_ray.config.score import DedupSettings, ScoreSettings
+from clipgap_ray.config.score import ScoreSettings
 from clipgap_ray.config.split import GapMatch, Near, Random
 from clipgap_ray.config.train import EvaluateSettings, TrainSettings
 from clipgap_ray.config.world import WorldSettings

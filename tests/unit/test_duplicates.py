@@ -18,6 +18,8 @@ GRAPHS = st.integers(1, 12).flatmap(
     )
 )
 
+PAIRS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)))
+
 
 def edge_set(found: tuple[np.ndarray, np.ndarray, np.ndarray]) -> set[tuple[int, int]]:
     pairs = list(zip(found[0].tolist(), found[1].tolist(), strict=True))
@@ -34,6 +36,7 @@ def test_edges_equal_brute_force_with_many_pairs_exactly_at_the_threshold(
     table = twins.similarities(rows, rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(duplicates, "BLOCK_ROWS", block)
+        patch.setattr(duplicates, "BLOCK_COLUMNS", block + 1)
         found = duplicates.edges(rows, rows, threshold, same=True)
         across = duplicates.edges(rows[:7], rows[7:], threshold, same=False)
     assert edge_set(found) == {
@@ -114,6 +117,72 @@ def test_greedy_leaves_no_close_pair_and_a_second_pass_removes_nothing(seed: int
     assert len(duplicates.edges(kept, kept, threshold, same=True)[0]) == 0
     for row in np.nonzero(~keep)[0]:  # nothing was removed without a reason
         assert (twins.similarities(rows[[row]], kept) >= threshold).any()
+
+
+def authors_keep(rows: np.ndarray, eps: float) -> list[bool]:
+    """deduplicate.py as released: lower triangle without diagonal, keep iff its row maximum is at most 1 - eps."""
+    lower = np.tril(twins.similarities(rows, rows), -1)
+    return [bool(row.max() <= 1 - eps) for row in lower]
+
+
+@given(seed=SEEDS, eps=st.floats(0.05, 0.6))
+def test_semdedup_in_source_order_reproduces_the_authors_rule(seed: int, eps: float) -> None:
+    rows = made.unit_rows(40, 4, seed)
+    found = duplicates.edges(rows, rows, 1 - eps, same=True)
+    keep, _ = duplicates.resolve(40, *found, "semdedup")
+    assert keep.tolist() == authors_keep(rows, eps)
+
+
+@given(seed=SEEDS, rule=st.sampled_from(["greedy", "semdedup", "components"]))
+def test_defect_13_what_stays_depends_on_the_stated_order_and_not_on_where_rows_lie(seed: int, rule: str) -> None:
+    rows, names = made.unit_rows(30, 4, seed), np.random.default_rng(seed).permutation(1000)[:30]
+
+    def kept(positions: np.ndarray) -> set[int]:
+        rank = np.empty(30, np.int64)
+        rank[np.argsort(names[positions])] = np.arange(30)
+        i, j, s = duplicates.edges(rows[positions], rows[positions], 0.7, same=True)
+        keep, _ = duplicates.resolve(30, rank[i], rank[j], s, rule)  # type: ignore[arg-type]
+        return {int(name) for name, r in zip(names[positions], rank, strict=True) if keep[r]}
+
+    shuffled = np.random.default_rng(seed + 1).permutation(30)
+    assert kept(np.arange(30)) == kept(shuffled)
+
+
+@given(keys=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1)), max_size=20))
+def test_first_equal_finds_the_first_row_with_the_same_key(keys: list[tuple[int, int]]) -> None:
+    array = np.array(keys, np.uint64).reshape(len(keys), 2)
+    assert duplicates.first_equal(array).tolist() == [keys.index(key) for key in keys]
+
+
+def test_heads_follow_chains_to_the_row_that_stays() -> None:
+    assert duplicates.heads(np.array([0, 0, 1, 2, 4, 3])).tolist() == [0, 0, 0, 0, 4, 0]
+
+
+@given(graph=GRAPHS, rule=st.sampled_from(["greedy", "semdedup", "components"]))
+def test_similarity_to_the_representative_is_that_of_their_edge(
+    graph: tuple[int, set[tuple[int, int]]], rule: str
+) -> None:
+    num_rows, pairs = graph
+    pairs = {(min(e), max(e)) for e in pairs}
+    first, second, similarity = arrays(pairs)
+    _, stands = duplicates.resolve(num_rows, first, second, similarity, rule)  # type: ignore[arg-type]
+    value = dict(zip(zip(first.tolist(), second.tolist(), strict=True), similarity.tolist(), strict=True))
+    found = duplicates.similarity_to(stands, second, first, similarity)
+    for row, other in enumerate(stands.tolist()):
+        expected = value.get((other, row), np.nan)
+        assert found[row] == expected or (np.isnan(found[row]) and np.isnan(expected))
+
+
+@given(truth=PAIRS, found=PAIRS)
+def test_missed_pairs_are_counted_once_in_either_direction(
+    truth: list[tuple[int, int]], found: list[tuple[int, int]]
+) -> None:
+    def columns(pairs: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        array = np.array(pairs, np.int64).reshape(len(pairs), 2)
+        return array[:, 0], array[:, 1]
+
+    expected, seen = {frozenset(p) for p in truth}, {frozenset(p) for p in found}
+    assert duplicates.count_missed(6, columns(truth), columns(found)) == (len(expected), len(expected - seen))
 
 
 def test_an_unknown_rule_is_refused() -> None:

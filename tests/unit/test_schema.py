@@ -43,6 +43,26 @@ def test_uids_round_trip_and_sort_like_their_text(uids: list[str]) -> None:
     assert np.array_equal(packed, schema.pack_uids(pa.chunked_array([uids], pa.string())))
 
 
+@given(st.lists(st.text("0123456789abcdef", min_size=32, max_size=32)), st.integers(1, 5))
+def test_uid_columns_are_the_same_text_in_chunks(uids: list[str], chunk: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schema, "HEX_CHUNK_ROWS", chunk)
+        column = schema.hex_uids(schema.pack_uids(uids))
+    assert column.type == pa.string()
+    assert column.to_pylist() == uids
+
+
+def test_uid_hashes_differ_by_uid_and_seed_and_spread_evenly() -> None:
+    uids = schema.pack_uids([f"{i:032x}" for i in range(4096)] + [f"{i + 1:016x}{0:016x}" for i in range(4096)])
+    hashes = {seed: schema.hash_uids(uids, seed) for seed in (0, 1, 1 << 40)}
+    assert len(set(np.concatenate(list(hashes.values())).tolist())) == 3 * 8192
+    order = np.random.default_rng(0).permutation(8192)
+    assert np.array_equal(schema.hash_uids(uids[order], 1), hashes[1][order])
+    for values in hashes.values():  # 16 bins of 512: five standard deviations are 110
+        counts = np.bincount((values >> np.uint64(60)).astype(int), minlength=16)
+        assert np.abs(counts - 512).max() < 110
+
+
 def test_uid_words_are_big_endian() -> None:
     packed = schema.pack_uids(["000000000000000100000000000000ff"])
     assert (int(packed["f0"][0]), int(packed["f1"][0])) == (1, 255)

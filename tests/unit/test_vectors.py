@@ -60,3 +60,12 @@ def test_storage_is_rounding_to_float16() -> None:
     stored = vectors.to_storage(np.array([[1 + 2**-12, 0.1]]))
     assert stored.dtype == np.float16
     assert stored.tolist() == [[1.0, float(np.float16(0.1))]]
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 1 << 14])
+def test_chosen_pairs_equal_the_whole_matrix(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors, "PAIRS_AT_ONCE", at_once)
+    left, right = made.unit_rows(9, 32, 0), made.unit_rows(7, 32, 1)
+    i, j = np.array([8, 0, 3, 3, 5, 8]), np.array([6, 0, 2, 2, 1, 0])
+    assert np.array_equal(vectors.exact_pairs_at(left, i, right, j), twins.similarities(left, right)[i, j])
+    assert vectors.exact_pairs_at(left, i[:0], right, j[:0]).shape == (0,)
