@@ -4,7 +4,7 @@ Writes an embedding folder of 100,000-row parts (ten distinct ones, hard-linked:
 then runs the stage and samples, each second, committed and running work, the resident memory of the driver and of the
 largest worker. Prints one line per million rows.
 
-    python benchmarks/score_scale.py [--rows 10000000] [--queries 5000] [--dim 512]
+    python benchmarks/score_scale.py [--rows 1000000] [--queries 5000] [--dim 512]
 """
 
 import argparse
@@ -94,7 +94,7 @@ class Watch(threading.Thread):
 def main() -> None:
     """Write, score, print a line per million rows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--queries", type=int, default=5000)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--folder", default=None, help="where to write, default a temporary folder")
