@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 
 from clipgap_ray import embeddings, rundir, schema, store
@@ -67,6 +66,36 @@ def write(folder: Path, rows: int, dim: int, rng: np.random.Generator) -> str:
     return uri
 
 
+def private_mb(pid: int) -> float:
+    """Memory that only this process holds, in MB; 0 when it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Private_")) / 1e3
+
+
+def ray_workers(root: int) -> list[int]:
+    """Ray's worker processes below a process."""
+    parents: dict[int, int] = {}
+    names: dict[int, bytes] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                names[int(entry.name)] = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+    found = []
+    for pid, name in names.items():
+        above = pid
+        while above in parents and above != root:
+            above = parents[above]
+        if above == root and name.startswith(b"ray::"):
+            found.append(pid)
+    return found
+
+
 class Watch(threading.Thread):
     """Samples (seconds, rows scored, driver MB, largest worker MB) once a second until stopped."""
 
@@ -76,19 +105,11 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         """Count the parts whose tables are written: they tell the rate between two commits."""
-        started, driver = time.monotonic(), psutil.Process()
+        started = time.monotonic()
         while not self.stop.wait(1.0):
-            parts = len(list(self.out.glob("pool/a/*.parquet")))
-            workers = [0]
-            for process in driver.children(recursive=True):
-                try:
-                    if "ray::" in " ".join(process.cmdline()):
-                        workers.append(process.memory_full_info().uss)
-                except (psutil.NoSuchProcess, psutil.ZombieProcess):
-                    continue
-            self.samples.append(
-                (time.monotonic() - started, parts * PART_ROWS, driver.memory_full_info().uss / 1e6, max(workers) / 1e6)
-            )
+            rows = len(list(self.out.glob("pool/a/*.parquet"))) * PART_ROWS
+            worker = max((private_mb(pid) for pid in ray_workers(os.getpid())), default=0.0)
+            self.samples.append((time.monotonic() - started, rows, private_mb(os.getpid()), worker))
 
 
 def main() -> None:
