@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from clipgap_ray.reporting import conclusions as say
-from clipgap_ray.reporting import figures, figures_models, galleries
+from clipgap_ray.reporting import density, figures, figures_models, galleries
 from clipgap_ray.reporting.numbers import Numbers
 from clipgap_ray.reporting.study import Study
 from clipgap_ray.reporting.tables import Record, short
@@ -60,6 +60,7 @@ def build(study: Study, numbers: Numbers, pictures: galleries.Thumbnails, galler
         _robustness(study, numbers),
         _galleries(study, pictures, gallery_rows),
         _gap_check(numbers),
+        _density(numbers),
         _removed(study, numbers),
         _groups(numbers),
         _training(numbers),
@@ -246,6 +247,29 @@ def _gap_check(numbers: Numbers) -> Section:
              f"{c['num_violations']:,}"] for c in numbers.checks]  # fmt: skip
     headers = ["split", "test set", "test points", "gap equals reference's", "largest deviation", "above"]
     section.tables.append(Table([*headers], rows, "Gap after the cut = max(tau, nearest kept pool image)."))
+    return section
+
+
+def _density(numbers: Numbers) -> Section:
+    section = Section("density", "Is it denser where it is no closer?", density.sentence(numbers.density))
+    if not numbers.density:
+        section.missing = "no gaps/diagnostics.json: run `clipgap gaps`"
+        return section
+    caption = "Median similarity of the k-th nearest image, over test images."
+    section.plots.append(Plot("neighbour_curves", partial(density.draw, numbers.density), caption))
+    within = {(r["test"], r["kind"]): r["mean_rows_within"] for r in numbers.density}
+    rows = [
+        [
+            test,
+            *(
+                "–" if within.get((test, kind)) is None else f"{within[test, kind]:,.1f}"
+                for kind in ("pool", "gap-match")
+            ),
+        ]
+        for test in dict.fromkeys(r["test"] for r in numbers.density)
+    ]
+    caption = "Pool images within 0.05 of a test image's hull (similarity > tau - 0.05), mean over test images."
+    section.tables.append(Table(["test set", "before the cut", "after"], rows, caption))
     return section
 
 
