@@ -27,13 +27,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipgap_ray import schema, store
-from clipgap_ray.errors import DataError
+from clipgap_ray.errors import DataError, StorageError
 from clipgap_ray.sources import IMAGE_SUFFIXES, Shard, list_shards, suffix_of
 
 CAPTION_FIELDS = ("caption", "text", "TEXT")
 URL_FIELDS = ("url", "URL")
 _COPY_BLOCK_BYTES = 8 << 20
-_COPY_ATTEMPTS = 5
 _PARQUET_BATCH_ROWS = 256
 
 
@@ -124,25 +123,21 @@ def read_shard(shard: Shard) -> Iterator[Sample | Skip]:
 @contextlib.contextmanager
 def _local_file(uri: str) -> Iterator[IO[bytes]]:
     """Open a shard as a local seekable file; a remote one is copied first, resuming where a connection broke."""
-    fs, path = store.filesystem(uri)
     if store.is_local(uri):
         try:
-            with open(path, "rb") as file:
+            with open(store.filesystem(uri)[1], "rb") as file:
                 yield file
         except FileNotFoundError:
             raise DataError(f"shard {uri} does not exist") from None
         return
+    size = store.size(uri)
     with tempfile.TemporaryFile(prefix="clipgap-shard-") as spool:
-        size = int(fs.size(path))
-        attempts = 0
         while (done := spool.tell()) < size:
-            try:
-                spool.write(fs.cat_file(path, start=done, end=min(size, done + _COPY_BLOCK_BYTES)))
-            except OSError:  # botocore's and aiohttp's errors arrive as OSError through s3fs
-                attempts += 1
-                if attempts >= _COPY_ATTEMPTS:
-                    raise
-                spool.seek(done)
+            # Every block is retried on its own, so a connection that breaks costs at most one block.
+            block = store.read_bytes(uri, done, min(_COPY_BLOCK_BYTES, size - done))
+            if not block:
+                raise StorageError(f"{uri} ended at byte {done} of {size}: it was replaced while it was read")
+            spool.write(block)
         spool.seek(0)
         yield spool
 

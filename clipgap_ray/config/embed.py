@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import pydantic
 import tyro
 
-from clipgap_ray.config.base import Operational, Settings
+from clipgap_ray.config.base import Operational, Settings, Storage, StorageSettings
 from clipgap_ray.embeddings import parse_part_range
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -46,6 +46,8 @@ class EmbedSettings(Settings):
     """torch threads per encoder; part of the fingerprint."""
     max_skip_fraction: Annotated[float, Operational()] = 0.01
     """Exit with code 3 when a larger share of the samples had to be skipped."""
+    storage: Storage = StorageSettings()
+    """How S3 stores are reached."""
 
     @pydantic.field_validator("shards")
     @classmethod
