@@ -10,95 +10,20 @@ Decoding is separate from encoding: CPU tasks decode to uint8 with `Preprocess`,
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import re
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from clipgap_ray import __version__, store
 from clipgap_ray.errors import ConfigError
+from clipgap_ray.pixels import ImageError, Preprocess
 
 MODELS = Path(__file__).parent / "models"
 PROJECTION = "projection"
-MAX_IMAGE_PIXELS = 64_000_000  # a decompression bomb guard: 64 megapixels, 192 MB decoded
-MAX_ASPECT = 50  # resizing the short side of a 1 x 60,000 image would make it 13 million pixels long
 ALIASES = {"ViT-B/32": "ViT-B-32", "ViT-B/16": "ViT-B-16", "ViT-L/14": "ViT-L-14"}
-
-
-class ImageError(ValueError):
-    """An image cannot be decoded; `reason` is a ledger reason."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """How encoded bytes become the model's uint8 pixels: open_clip's evaluation transform up to the tensor.
-
-    Attributes:
-        size: Side of the square in pixels.
-        interpolation: "bicubic" or "bilinear".
-        resize_mode: "shortest" (resize then centre crop) or "squash".
-        crop_border: Pixels cut from every side first (ObjectNet's red border).
-    """
-
-    size: int
-    interpolation: str = "bicubic"
-    resize_mode: str = "shortest"
-    crop_border: int = 0
-
-    def decode(self, image: bytes) -> np.ndarray:
-        """Decode encoded image bytes.
-
-        Returns:
-            (size, size, 3) uint8.
-
-        Raises:
-            ImageError: If the bytes are no image, truncated, or of more than MAX_IMAGE_PIXELS pixels.
-        """
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow warns of oddities that decode well
-                picture = Image.open(io.BytesIO(image))
-                if picture.width * picture.height > MAX_IMAGE_PIXELS:
-                    raise ImageError("too_many_pixels", f"{picture.width}x{picture.height}")
-                if max(picture.size) > MAX_ASPECT * min(picture.size):
-                    raise ImageError("extreme_aspect", f"{picture.width}x{picture.height}")
-                picture.load()
-        except ImageError:
-            raise
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            detail = re.sub(r" <.* at 0x[0-9a-f]+>", "", str(error))  # an address would differ from run to run
-            raise ImageError("broken_image", detail[:200]) from None
-        return self.resize(picture)
-
-    def resize(self, picture: Image.Image) -> np.ndarray:
-        """Return a loaded picture as (size, size, 3) uint8.
-
-        Pixel for pixel what torchvision's Resize and CenterCrop do to a PIL image, without importing torch: a worker
-        that only reads and decodes stays small and starts at once.
-        """
-        if self.crop_border:
-            border = self.crop_border
-            picture = picture.crop((border, border, picture.width - border, picture.height - border))
-        mode = Image.Resampling[self.interpolation.upper()]
-        if self.resize_mode == "squash":
-            return np.asarray(picture.resize((self.size, self.size), mode).convert("RGB"), dtype=np.uint8)
-        short = min(picture.size)
-        width, height = (self.size if side == short else int(self.size * side / short) for side in picture.size)
-        if (width, height) != picture.size:
-            picture = picture.resize((width, height), mode)
-        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
-        picture = picture.crop((left, top, left + self.size, top + self.size))
-        return np.asarray(picture.convert("RGB"), dtype=np.uint8)
 
 
 class Encoder(Protocol):
@@ -373,3 +298,18 @@ class ProjectionEncoder:
 def _unit(rows: np.ndarray) -> np.ndarray:
     rows = rows.astype(np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+__all__ = [
+    "PROJECTION",
+    "ClipEncoder",
+    "Encoder",
+    "EncoderSettings",
+    "ImageError",
+    "Preprocess",
+    "ProjectionEncoder",
+    "check",
+    "register_models",
+    "resolve_checkpoint",
+    "weights_sha256",
+]

@@ -14,6 +14,7 @@ one bad member) and webdataset's own iterator (drops silently).
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -52,7 +53,7 @@ class Sample:
     offset: int = -1
     notes: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def sha256(self) -> str:
         """Hex sha256 of the encoded image."""
         return hashlib.sha256(self.image).hexdigest()

@@ -34,6 +34,9 @@ class EmbedSettings(Settings):
     """Rows per forward pass. Part of the encoder's fingerprint: the last bits of an embedding depend on it."""
     precision: Precision = "auto"
     """Autocast on GPUs: auto is fp16 there and fp32 on CPUs."""
+    blocklist: str = ""
+    """Takedown list: leave out every sample whose uid, sha256 or url it names (one per line, # comments; or .npy of
+    uids). Outputs record its digest, not its entries."""
     shards: str | None = None
     """Only the shards FIRST:END of the source, for a trial; marked in the manifest."""
     sample: pydantic.PositiveFloat = 1.0

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from clipgap_ray import embeddings, rundir, schema, store, testsets
+from clipgap_ray import blocklist, embeddings, rundir, schema, store, testsets
 from clipgap_ray.config.embed import EmbedSettings
 from clipgap_ray.encoder import EncoderSettings, check
 from clipgap_ray.errors import ClipgapError, ConfigError
@@ -48,6 +48,7 @@ def run(settings: EmbedSettings) -> rundir.Summary:
     shards = shards[slice(*bounds)] if bounds else shards
     if not shards:
         raise ConfigError(f"--shards {settings.shards} selects none of the source's shards")
+    blocked = blocklist.read(settings.blocklist) if settings.blocklist else None
     encoder_settings = EncoderSettings(settings.model, settings.pretrained, crop_border=settings.crop_border)
     preprocess = check(encoder_settings)
     connect()
@@ -55,14 +56,18 @@ def run(settings: EmbedSettings) -> rundir.Summary:
     fingerprint = encoder_settings.build().fingerprint
     guarded = {**settings.fingerprint(), "encoder": embeddings.identity(fingerprint)}
     # Appending shards is not a change of settings, moving weights to another path neither.
-    for name in ("out", "shards", "pretrained"):
+    for name in ("out", "shards", "pretrained", "blocklist"):
         guarded.pop(name)
+    if blocked is not None:
+        guarded["blocklist"] = blocked.describe()
     with rundir.RunDirectory(settings.out, "embed", guarded) as directory:
         parts = rundir.assign_parts(directory.uri, [shard.name for shard in shards])
         store.write_json(directory.path("encoder.json"), fingerprint)
         todo = [(parts[shard.name], shard) for shard in shards if parts[shard.name] not in directory.log.records]
         _announce(settings, encoder_settings, len(shards), len(todo))
-        plan = ReadPlan(preprocess, settings.batch_size, settings.sample, test_set, store.options())
+        plan = ReadPlan(
+            preprocess, settings.batch_size, settings.sample, test_set, blocked and ray.put(blocked), store.options()
+        )
         _embed(directory, todo, plan, encoder_settings, settings, len(shards), fingerprint["dim"])
         return directory.finish(
             {
@@ -73,6 +78,7 @@ def run(settings: EmbedSettings) -> rundir.Summary:
                 "class_names": list(test_set.class_names) if test_set else [],
                 "templates": list(test_set.templates) if test_set else [],
                 "text": settings.text,
+                "blocklist": blocked and blocked.describe(),
                 "partial": {"shards": settings.shards, "sample": settings.sample},
             },
         )

@@ -1,6 +1,6 @@
 """The reading half of `embed`: one read task per shard, which decodes and yields chunks of samples.
 
-Knows Ray Data's data source interface and nothing else of Ray. A task reads its shard with `shards.read_shard` (or
+Knows Ray Data's data source interface and little else of Ray. A task reads its shard with `shards.read_shard` (or
 the test set's reader), decodes every image once, and turns whatever it must leave out into a ledger row.
 """
 
@@ -12,23 +12,30 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from clipgap_ray import schema, store, testsets
-from clipgap_ray.encoder import ImageError, Preprocess
+from clipgap_ray.blocklist import Blocklist
+from clipgap_ray.kernels.phash import perceptual_hashes
+from clipgap_ray.pixels import ImageError, Preprocess, grey_thumbnail, open_picture
 from clipgap_ray.shards import Sample, Skip, read_shard
 from clipgap_ray.sources import Shard
 
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """What a read task needs besides its shard."""
+    """What a read task needs besides its shard.
+
+    `blocklist` is the list itself, or its place in Ray's object store: a plan is copied into every task.
+    """
 
     preprocess: Preprocess
     batch_size: int
     sample: float
     test_set: testsets.TestSet | None
+    blocklist: Blocklist | ray.ObjectRef | None = None
     storage: store.StorageOptions = field(default_factory=store.StorageOptions)
 
 
@@ -71,15 +78,19 @@ CHUNK = pa.schema(
 def read_chunks(part: int, shard: Shard, plan: ReadPlan) -> Iterator[pa.Table]:
     """Read and decode one shard into rows of `CHUNK`; the last chunk is marked and may be empty."""
     store.configure(plan.storage)
+    blocked = ray.get(plan.blocklist) if isinstance(plan.blocklist, ray.ObjectRef) else plan.blocklist
     rows: list[Any] = []
     pixels: list[Any] = []
+    grey: list[Any] = []
     ledger: list[Any] = []
     number = 0
 
     def flush(last: bool) -> pa.Table:
         nonlocal number
         stacked = np.stack(pixels) if pixels else np.zeros((0, 1, 1, 3), np.uint8)
-        row = {
+        for row, plain, flipped in zip(rows, *_hashes(grey), strict=True):
+            row["phash"], row["phash_flipped"] = plain, flipped
+        chunk = {
             "part": part,
             "chunk": number,
             "last": last,
@@ -88,9 +99,9 @@ def read_chunks(part: int, shard: Shard, plan: ReadPlan) -> Iterator[pa.Table]:
             "ledger": to_stream(pa.Table.from_pylist(ledger, schema=schema.LEDGER)),
         }
         number += 1
-        for buffer in (rows, pixels, ledger):
+        for buffer in (rows, pixels, grey, ledger):
             buffer.clear()
-        return pa.Table.from_pylist([row], schema=CHUNK)
+        return pa.Table.from_pylist([chunk], schema=CHUNK)
 
     def note(key: str, reason: str, detail: str, dropped: bool) -> None:
         ledger.append({"shard": shard.name, "key": key, "reason": reason, "detail": detail, "dropped": dropped})
@@ -99,21 +110,32 @@ def read_chunks(part: int, shard: Shard, plan: ReadPlan) -> Iterator[pa.Table]:
         if isinstance(item, Skip):
             note(item.key, item.reason, item.detail, item.is_sample)
             continue
+        if blocked is not None and blocked.blocks(item.uid, item.sha256, item.url):
+            note(item.key, "blocklist", "", True)
+            continue
         if not sampled(item.uid, plan.sample):
             note(item.key, "not_sampled", "", True)
             continue
         try:
-            decoded = plan.preprocess.decode(item.image)
+            picture = open_picture(item.image)
         except ImageError as error:
             note(item.key, error.reason, str(error), True)
             continue
         for reason in item.notes:
             note(item.key, reason, "", False)
-        pixels.append(decoded)
+        pixels.append(plan.preprocess.resize(picture))
+        grey.append(grey_thumbnail(picture))
         rows.append(_metadata_row(item, shard))
         if len(rows) == plan.batch_size:
             yield flush(last=False)
     yield flush(last=True)
+
+
+def _hashes(grey: list[np.ndarray]) -> tuple[list[int], list[int]]:
+    if not grey:
+        return [], []
+    plain, flipped = perceptual_hashes(np.stack(grey))
+    return plain.tolist(), flipped.tolist()
 
 
 def sampled(uid: str, share: float) -> bool:

@@ -154,6 +154,37 @@ def test_a_sample_is_the_same_rows_at_any_share_and_marked(tiny_world: made.Worl
     assert 0 < len(uids[0.2]) < 30 < len(uids[0.6]) < 55
 
 
+def test_what_a_takedown_list_names_is_left_out_and_counted(
+    embedded: Embedded, tiny_world: made.World, tmp_path: Path
+) -> None:
+    source, out = tiny_world.path("pool", "00000.tar"), str(tmp_path / "emb")
+    rows = [row for row in embedded.pool.all_metadata().to_pylist() if row["shard"] == "00000.tar"]
+    by_uid, by_hash, by_url = rows[0], rows[5], next(row for row in rows[6:] if row["url"])
+    entries = [by_uid["uid"], by_hash["sha256"], by_url["url"]]
+    takedown = tmp_path / "takedown.txt"
+    takedown.write_text("# asked for by a person\n" + "\n".join(entries) + "\n")
+    summary = embed.run(settings(source, out, blocklist=str(takedown)))
+    gone = {row["image_path"] for row in rows if {row["uid"], row["sha256"], row["url"]} & set(entries)}
+    assert {by_uid["image_path"], by_hash["image_path"], by_url["image_path"]} <= gone
+    assert summary.dropped["blocklist"] == len(gone)
+    opened = EmbeddingSet.open(out)
+    assert opened.all_metadata(["image_path"]).column(0).to_pylist() == [
+        row["image_path"] for row in rows if row["image_path"] not in gone
+    ]
+    ledger = store.read_table(f"{out}/ledger/ledger_00000.parquet").to_pylist()
+    assert {row["key"] for row in ledger if row["reason"] == "blocklist" and row["dropped"]} == gone
+    described = opened.manifest["blocklist"]
+    assert (described["uids"], described["sha256"], described["urls"]) == (1, 1, 1)
+    for path in Path(out).rglob("*.json*"):
+        assert not any(entry in path.read_text() for entry in entries), path
+
+    takedown.write_text("\n".join(reversed(entries)))  # the same list in other words
+    assert embed.run(settings(source, out, blocklist=str(takedown))).parts_skipped == 1
+    takedown.write_text(entries[0])
+    with pytest.raises(StaleOutputError, match="blocklist was"):
+        embed.run(settings(source, out, blocklist=str(takedown)))
+
+
 def test_a_labelled_set_keeps_its_classes(
     tiny_world: made.World, tiny_embeddings: dict[str, str], tmp_path: Path
 ) -> None:

@@ -212,7 +212,7 @@ def test_what_cannot_be_decoded_has_a_reason(data: bytes, reason: str) -> None:
 
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded("L", 40, 40, "PNG")
-    monkeypatch.setattr("clipgap_ray.encoder.MAX_IMAGE_PIXELS", 1_599)
+    monkeypatch.setattr("clipgap_ray.pixels.MAX_IMAGE_PIXELS", 1_599)
     monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("unpacked"))
     with pytest.raises(ImageError) as error:
         Preprocess(64).decode(data)
