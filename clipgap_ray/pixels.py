@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -67,14 +68,22 @@ class Preprocess:
     Attributes:
         size: Side of the square in pixels.
         interpolation: "bicubic" or "bilinear".
-        resize_mode: "shortest" (resize then centre crop) or "squash".
+        resize_mode: "shortest" (resize the short side, then centre crop) or "squash".
         crop_border: Pixels cut from every side first (ObjectNet's red border).
+        resize_to: Side in pixels that is resized to, from which the centre is cut; 0: `size` (timm's crop_pct is
+            below 1 for many models).
     """
 
     size: int
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
     crop_border: int = 0
+    resize_to: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields for a fingerprint; `resize_to` only where it says something."""
+        values = asdict(self)
+        return values if self.resize_to else {name: values[name] for name in values if name != "resize_to"}
 
     def decode(self, image: bytes) -> np.ndarray:
         """Decode encoded image bytes to (size, size, 3) uint8; errors are those of `open_picture`."""
@@ -90,12 +99,15 @@ class Preprocess:
             border = self.crop_border
             picture = picture.crop((border, border, picture.width - border, picture.height - border))
         mode = Image.Resampling[self.interpolation.upper()]
+        target = self.resize_to or self.size
         if self.resize_mode == "squash":
-            return np.asarray(picture.resize((self.size, self.size), mode).convert("RGB"), dtype=np.uint8)
-        short = min(picture.size)
-        width, height = (self.size if side == short else int(self.size * side / short) for side in picture.size)
+            width, height = target, target
+        else:
+            short = min(picture.size)
+            width, height = (target if side == short else int(target * side / short) for side in picture.size)
         if (width, height) != picture.size:
             picture = picture.resize((width, height), mode)
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
-        picture = picture.crop((left, top, left + self.size, top + self.size))
+        if (width, height) != (self.size, self.size):
+            picture = picture.crop((left, top, left + self.size, top + self.size))
         return np.asarray(picture.convert("RGB"), dtype=np.uint8)

@@ -23,9 +23,10 @@ class EmbedSettings(Settings):
     out: str
     """Folder of embeddings to write; running again continues it."""
     model: str
-    """open_clip model name, `hf-hub:org/name`, `local-dir:path`, or `projection` (deterministic, no weights)."""
+    """open_clip model name, `hf-hub:org/name`, `local-dir:path`, `timm:NAME` (images only), or `projection`
+    (deterministic, no weights); also clip-retrieval's `ViT-B/32` and `open_clip:NAME/TAG`, and `NAME,TAG`."""
     pretrained: str = ""
-    """Tag of open_clip, checkpoint file, or run directory of `clipgap train`."""
+    """Tag of open_clip, checkpoint file (timm: always a file), or run directory of `clipgap train`."""
     text: bool = True
     """Embed captions too; `--no-text` leaves them out."""
     crop_border: int = 0

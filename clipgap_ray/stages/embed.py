@@ -51,10 +51,13 @@ def run(settings: EmbedSettings) -> rundir.Summary:
     blocked = blocklist.read(settings.blocklist) if settings.blocklist else None
     encoder_settings = EncoderSettings(settings.model, settings.pretrained, crop_border=settings.crop_border)
     preprocess = check(encoder_settings)
+    if settings.text and not encoder_settings.has_text:
+        logger.info("embed: %s embeds images only; captions are kept, text rows left out", encoder_settings.model)
+        settings = settings.model_copy(update={"text": False})
     connect()
     encoder_settings = _resolve(encoder_settings, settings)
     fingerprint = encoder_settings.build().fingerprint
-    guarded = {**settings.fingerprint(), "encoder": embeddings.identity(fingerprint)}
+    guarded = {**settings.fingerprint(), "model": encoder_settings.model, "encoder": embeddings.identity(fingerprint)}
     # Appending shards is not a change of settings, moving weights to another path neither.
     for name in ("out", "shards", "pretrained", "blocklist"):
         guarded.pop(name)

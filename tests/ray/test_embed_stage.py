@@ -185,6 +185,18 @@ def test_what_a_takedown_list_names_is_left_out_and_counted(
         embed.run(settings(source, out, blocklist=str(takedown)))
 
 
+def test_an_image_only_encoder_leaves_the_text_rows_out(tiny_world: made.World, tmp_path: Path) -> None:
+    out = str(tmp_path / "emb")
+    words = {"model": "timm:test_vit.r160_in1k", "pretrained": "random"}
+    summary = embed.run(settings(tiny_world.path("pool", "00000.tar"), out, **words))
+    opened = EmbeddingSet.open(out)
+    assert (opened.num_rows, opened.dim) == (summary.kept, 64)
+    assert opened.manifest["text"] is False
+    assert not Path(out, "text_emb").exists()
+    meta = opened.all_metadata(["caption", "clip_score"])
+    assert meta.column("caption").null_count < opened.num_rows == meta.column("clip_score").null_count
+
+
 def test_a_labelled_set_keeps_its_classes(
     tiny_world: made.World, tiny_embeddings: dict[str, str], tmp_path: Path
 ) -> None:
