@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 from clipgap_ray import schema, store
 from clipgap_ray.errors import DataError, StorageError
 from clipgap_ray.sources import IMAGE_SUFFIXES, Shard, list_shards, suffix_of
+from clipgap_ray.tars import Members, Skip, index_tar
 
 CAPTION_FIELDS = ("caption", "text", "TEXT")
 URL_FIELDS = ("url", "URL")
@@ -52,6 +53,7 @@ class Sample:
     group: str = ""
     offset: int = -1
     notes: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()  # suffixes of what lay beside it in the shard, itself included; sorted
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -59,17 +61,15 @@ class Sample:
         return hashlib.sha256(self.image).hexdigest()
 
 
-@dataclass(frozen=True)
-class Skip:
-    """A sample (or, with an empty key, a shard) that could not be read. `is_sample`: it counts as one read row."""
-
-    key: str
-    reason: str
-    detail: str = ""
-    is_sample: bool = True
-
-
 # --- identity --------------------------------------------------------------------------------------------
+
+
+def uid_rule(fields: dict[str, Any], url: str | None, caption: str | None) -> str:
+    """Return by which rule a sample gets its uid: "uid" (it has one), "url+caption" or "key"."""
+    given = fields.get("uid")
+    if isinstance(given, str) and schema.UID_TEXT.match(given):
+        return "uid"
+    return "url+caption" if url and caption else "key"
 
 
 def sample_uid(fields: dict[str, Any], url: str | None, caption: str | None, shard: Shard, key: str) -> str:
@@ -86,11 +86,11 @@ def sample_uid(fields: dict[str, Any], url: str | None, caption: str | None, sha
     Returns:
         32 hex characters.
     """
-    given = fields.get("uid")
-    if isinstance(given, str) and schema.UID_TEXT.match(given):
-        return given.lower()
-    if url and caption:
-        return _hash("url", url, caption)
+    rule = uid_rule(fields, url, caption)
+    if rule == "uid":
+        return str(fields["uid"]).lower()
+    if rule == "url+caption":
+        return _hash("url", str(url), str(caption))
     return _hash("key", shard.source, shard.name.rsplit("/", 1)[-1], key)
 
 
@@ -143,20 +143,8 @@ def _local_file(uri: str) -> Iterator[IO[bytes]]:
         yield spool
 
 
-@dataclass
-class _Members:
-    """Byte ranges of one sample's members by lower-case suffix."""
-
-    key: str
-    ranges: dict[str, tuple[int, int]]
-    odd_suffix: bool = False
-
-    def image(self) -> tuple[int, int] | None:
-        return next((self.ranges[s] for s in IMAGE_SUFFIXES if s in self.ranges), None)
-
-
 def _read_tar(file: IO[bytes], shard: Shard) -> Iterator[Sample | Skip]:
-    groups, problem = _index_tar(file)
+    groups, problem = index_tar(file)
     if not groups and problem is None:
         yield Skip("", "empty_shard", "no members", is_sample=False)
     for members in groups:
@@ -165,74 +153,7 @@ def _read_tar(file: IO[bytes], shard: Shard) -> Iterator[Sample | Skip]:
         yield problem
 
 
-def _index_tar(file: IO[bytes]) -> tuple[list[_Members], Skip | None]:
-    """Group the members of a tar by key, in order of first appearance; report where it breaks off."""
-    size = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    groups: dict[str, list[_Members]] = {}
-    order: list[_Members] = []
-    if size == 0:
-        return order, Skip("", "truncated_shard", "zero bytes", is_sample=False)
-    problem: Skip | None = None
-    try:
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  the file is the caller's
-        while True:
-            end = tar.offset
-            info = tar.next()
-            if info is None:
-                problem = _check_end(file, end, size)
-                break
-            if not info.isreg():
-                continue
-            if info.offset_data + info.size > size:
-                problem = Skip(_key_and_suffix(info.name)[0], "truncated_shard", f"{info.name} is cut off")
-                break
-            _file_member(info, groups, order)
-    except tarfile.TarError as error:
-        problem = Skip("", "truncated_shard", str(error), is_sample=False)
-    if problem is not None and problem.is_sample and problem.key in groups:
-        # The cut fell inside a later member of a sample whose image was read: the sample stays, with a note.
-        kept = groups[problem.key][-1].image() is not None
-        problem = Skip(problem.key, problem.reason, problem.detail, is_sample=False) if kept else problem
-        if not kept:
-            order.remove(groups[problem.key][-1])
-    return order, problem
-
-
-def _check_end(file: IO[bytes], end: int, size: int) -> Skip | None:
-    """A sound tar ends in zero blocks; anything else is a cut at a boundary or a damaged header."""
-    file.seek(end)
-    tail = file.read(512)
-    if tail.count(0) == len(tail) == 512:
-        return None
-    detail = "no end-of-archive blocks" if end >= size else f"damaged header at byte {end}"
-    return Skip("", "truncated_shard", detail, is_sample=False)
-
-
-def _key_and_suffix(name: str) -> tuple[str, str]:
-    """Split a member name at the first dot of its base name, as webdataset does."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return folder + slash + stem, suffix
-
-
-def _file_member(info: tarfile.TarInfo, groups: dict[str, list[_Members]], order: list[_Members]) -> None:
-    """Add a member to the latest sample of its key that lacks its suffix; a second one opens a new sample."""
-    key, raw_suffix = _key_and_suffix(info.name)
-    suffix = raw_suffix.lower()
-    same_key = groups.setdefault(key, [])
-    image = suffix in IMAGE_SUFFIXES
-    latest = same_key[-1] if same_key else None
-    if latest is None or suffix in latest.ranges or (image and latest.image() is not None):
-        name = key if latest is None else f"{key}#{len(same_key) + 1}"
-        latest = _Members(name, {})
-        same_key.append(latest)
-        order.append(latest)
-    latest.ranges[suffix] = (info.offset_data, info.size)
-    latest.odd_suffix |= image and raw_suffix not in IMAGE_SUFFIXES
-
-
-def _assemble(file: IO[bytes], members: _Members, shard: Shard) -> Sample | Skip:
+def _assemble(file: IO[bytes], members: Members, shard: Shard) -> Sample | Skip:
     def read(suffix: str) -> bytes | None:
         if suffix not in members.ranges:
             return None
@@ -270,7 +191,8 @@ def _assemble(file: IO[bytes], members: _Members, shard: Shard) -> Sample | Skip
         return Skip(members.key, "bad_label", f"cls is {raw_label[:40]!r}, expected an integer" if raw_label else "")
     url = _first(fields, URL_FIELDS)
     uid = sample_uid(fields, url, caption, shard, members.key)
-    return Sample(members.key, uid, image, caption, url, fields, label, offset=place[0], notes=tuple(notes))
+    place_and_notes = {"offset": place[0], "notes": tuple(notes), "members": tuple(sorted(members.ranges))}
+    return Sample(members.key, uid, image, caption, url, fields, label, **place_and_notes)
 
 
 def _first(fields: dict[str, Any], names: tuple[str, ...]) -> str | None:
@@ -305,7 +227,7 @@ def _read_parquet(file: IO[bytes], shard: Shard) -> Iterator[Sample | Skip]:
             label = row.get("label", row.get("cls", -1))
             notes = () if caption else ("missing_caption",)
             label = label if isinstance(label, int) else -1
-            yield Sample(key, uid, image, caption, url, row, label, notes=notes)
+            yield Sample(key, uid, image, caption, url, row, label, notes=notes, members=(column,))
 
 
 def _image_column(columns: pa.Schema) -> str | None:
@@ -334,7 +256,29 @@ def _read_folder(shard: Shard) -> Iterator[Sample | Skip]:
             yield Skip(key, "no_image", "zero bytes")
             continue
         notes = () if caption else ("missing_caption",)
-        yield Sample(key, uid, image, caption, notes=notes)
+        members = tuple(sorted([suffix_of(name), *(["txt"] if text in texts else [])]))
+        yield Sample(key, uid, image, caption, notes=notes, members=members)
+
+
+def estimate_rows(shard: Shard) -> int:
+    """Return about how many samples a shard holds, without reading its images.
+
+    Exact for local tars (headers), parquet (footer) and folders (listing). Of a remote tar the first 8 MB are read,
+    and what is in them is scaled to its size.
+    """
+    if shard.kind == "folder":
+        return sum(suffix_of(name) in IMAGE_SUFFIXES for name in store.list_names(shard.uri))
+    if shard.kind == "parquet":
+        return store.num_table_rows(shard.uri)
+    if store.is_local(shard.uri):
+        with _local_file(shard.uri) as file:
+            return sum(one.image() is not None for one in index_tar(file)[0])
+    size = store.size(shard.uri)
+    head = store.read_bytes(shard.uri, 0, min(size, _COPY_BLOCK_BYTES)) if size else b""
+    starts = [one.image()[0] for one in index_tar(io.BytesIO(head))[0] if one.image() is not None]  # type: ignore[index]
+    if len(head) == size or len(starts) < 2:
+        return len(starts)
+    return round(size * (len(starts) - 1) / (starts[-1] - starts[0]))
 
 
 def write_tar(samples: list[tuple[str, dict[str, bytes]]]) -> bytes:
@@ -358,8 +302,10 @@ __all__ = [
     "Sample",
     "Shard",
     "Skip",
+    "estimate_rows",
     "list_shards",
     "read_shard",
     "sample_uid",
+    "uid_rule",
     "write_tar",
 ]

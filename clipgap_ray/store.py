@@ -294,3 +294,23 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
         raise DataError(f"{uri} does not exist") from None
     except pa.ArrowInvalid as error:
         raise DataError(f"{uri} is not parquet with columns {columns}: {error}") from None
+
+
+def num_table_rows(uri: str) -> int:
+    """Return the rows of a parquet file, reading only its footer; 0 when it is none.
+
+    Raises:
+        DataError: If the file is missing.
+    """
+    fs, path = filesystem(uri)
+
+    def read() -> int:
+        with fs.open(path, "rb") as file:
+            return int(pq.read_metadata(file).num_rows)
+
+    try:
+        return patiently(uri, read)
+    except FileNotFoundError:
+        raise DataError(f"{uri} does not exist") from None
+    except pa.ArrowInvalid:
+        return 0
