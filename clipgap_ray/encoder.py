@@ -32,6 +32,7 @@ TIMM = "timm:"
 class Encoder(Protocol):
     """Images and captions to unit rows. Implementations ship: `ClipEncoder`, `TimmEncoder`, `ProjectionEncoder`."""
 
+    settings: EncoderSettings
     preprocess: Preprocess
     fingerprint: dict[str, Any]
     dim: int

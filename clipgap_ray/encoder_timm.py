@@ -113,12 +113,11 @@ class TimmEncoder:
 
 def _load(model: Any, name: str, path: str) -> None:
     """Load a checkpoint through timm's own conversion for the architecture; every tensor must be in it."""
-    import timm
     from timm.models import load_pretrained
 
     missing: list[str] = []
     hook = model.register_load_state_dict_post_hook(lambda _, keys: missing.extend(keys.missing_keys))
-    config = {**dataclasses.asdict(timm.get_pretrained_cfg(name)), "file": path}
+    config = {**model.pretrained_cfg, "file": path}
     # The converter of old and foreign checkpoints lives beside the model's class under this name.
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:

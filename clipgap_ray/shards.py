@@ -191,8 +191,10 @@ def _assemble(file: IO[bytes], members: Members, shard: Shard) -> Sample | Skip:
         return Skip(members.key, "bad_label", f"cls is {raw_label[:40]!r}, expected an integer" if raw_label else "")
     url = _first(fields, URL_FIELDS)
     uid = sample_uid(fields, url, caption, shard, members.key)
-    place_and_notes = {"offset": place[0], "notes": tuple(notes), "members": tuple(sorted(members.ranges))}
-    return Sample(members.key, uid, image, caption, url, fields, label, **place_and_notes)
+    beside = tuple(sorted(members.ranges))
+    return Sample(
+        members.key, uid, image, caption, url, fields, label, offset=place[0], notes=tuple(notes), members=beside
+    )
 
 
 def _first(fields: dict[str, Any], names: tuple[str, ...]) -> str | None:

@@ -50,6 +50,8 @@ class EmbedSettings(Settings):
     """torch threads per encoder; part of the fingerprint."""
     max_skip_fraction: Annotated[float, Operational()] = 0.01
     """Exit with code 3 when a larger share of the samples had to be skipped."""
+    yes: Annotated[bool, Operational()] = False
+    """Embed on CPUs even if that is predicted to take more than two hours."""
     storage: Storage = StorageSettings()
     """How S3 stores are reached."""
 

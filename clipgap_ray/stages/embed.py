@@ -22,9 +22,11 @@ import ray
 
 from clipgap_ray import blocklist, embeddings, rundir, schema, store, testsets
 from clipgap_ray.config.embed import EmbedSettings
-from clipgap_ray.encoder import EncoderSettings, check
+from clipgap_ray.encoder import Encoder, EncoderSettings, check
 from clipgap_ray.errors import ClipgapError, ConfigError
+from clipgap_ray.shards import estimate_rows
 from clipgap_ray.sources import Shard, list_shards
+from clipgap_ray.stages import budget
 from clipgap_ray.stages.embed_read import ReadPlan, ShardDatasource, from_stream, read_chunks
 from clipgap_ray.stages.session import Progress, connect, logger, physical_cpus, resolve_device
 
@@ -39,6 +41,7 @@ def run(settings: EmbedSettings) -> rundir.Summary:
 
     Raises:
         ConfigError: On an impossible setting, before any work.
+        BudgetError: If it would run on CPUs for more than two hours and `yes` is not set.
         StaleOutputError: If `out` was written with other settings.
     """
     store.configure(settings.storage.options())
@@ -56,7 +59,9 @@ def run(settings: EmbedSettings) -> rundir.Summary:
         settings = settings.model_copy(update={"text": False})
     connect()
     encoder_settings = _resolve(encoder_settings, settings)
-    fingerprint = encoder_settings.build().fingerprint
+    encoder = encoder_settings.build()
+    fingerprint = encoder.fingerprint
+    _check_budget(encoder, encoder_settings, settings, shards)
     guarded = {**settings.fingerprint(), "model": encoder_settings.model, "encoder": embeddings.identity(fingerprint)}
     # Appending shards is not a change of settings, moving weights to another path neither.
     for name in ("out", "shards", "pretrained", "blocklist"):
@@ -95,6 +100,24 @@ def _resolve(encoder: EncoderSettings, settings: EmbedSettings) -> EncoderSettin
     return EncoderSettings(
         encoder.model, encoder.pretrained, device, precision, settings.batch_size, settings.threads, encoder.crop_border
     )
+
+
+def _check_budget(
+    encoder: Encoder, encoder_settings: EncoderSettings, settings: EmbedSettings, shards: list[Shard]
+) -> None:
+    """Say what a run on CPUs will take, before anything is written; hours need --yes."""
+    if encoder_settings.device != "cpu":
+        return
+    done = {record["shard"] for record in rundir.CommitLog(settings.out).records.values()}
+    left = [shard for shard in shards if shard.name not in done]
+    if not left:
+        return
+    rows = round(estimate_rows(left[0]) * len(left) * min(settings.sample, 1.0))
+    cores = physical_cpus()
+    actors = max(1.0, min(settings.workers or cores, cores / settings.threads))
+    predicted = budget.forecast(encoder, rows, actors, settings.text)
+    logger.info("embed on cpu: %s", predicted)
+    budget.check(predicted, settings.yes)
 
 
 def _announce(settings: EmbedSettings, encoder: EncoderSettings, num_shards: int, todo: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from clipgap_ray.config.embed import EmbedSettings
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.stages import embed
 from tests import made, s3_server
+from tests.ray.test_kill_resume import drive  # noqa: F401  a fixture
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 KINDS = ("img_emb", "text_emb", "metadata", "ledger")
@@ -59,6 +62,7 @@ def test_bytes_equal_a_local_run_through_errors_and_cuts(
     assert not [path for _, path in requests if path.endswith(".tar")]  # a finished shard is not even looked at
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_continued(
     s3: s3_server.S3Server, tiny_embeddings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,4 +83,20 @@ def test_an_interrupted_run_is_continued(
     with s3.counting() as requests:
         assert embed.run(settings(s3)).parts_skipped == 4
     assert len({path for method, path in requests if method == "GET" and path.endswith(".tar")}) == 11 - 4
+    check_equal(s3, tiny_embeddings["pool"])
+
+
+@pytest.mark.slow  # the heir watches the dead driver's lease for 15 s
+def test_a_killed_run_is_continued(
+    s3: s3_server.S3Server,
+    tiny_embeddings: dict[str, str],
+    drive: Any,  # noqa: F811
+) -> None:
+    s3.fail_every = {"error": 23, "cut": 11}
+    dead = drive(embed, settings(s3), kill=True)
+    assert dead.finish() == -signal.SIGKILL, dead.said()
+    assert "lease" in s3.objects("bucket", "emb/")
+    heir = drive(embed, settings(s3))
+    assert heir.finish() == 0, heir.said()
+    assert json.loads(s3.objects("bucket", "emb/")["summary.json"])["parts_skipped"] == 1
     check_equal(s3, tiny_embeddings["pool"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import pytest
 from clipgap_ray import rundir, schema, store
 from clipgap_ray.config.embed import EmbedSettings
 from clipgap_ray.embeddings import EmbeddingSet
-from clipgap_ray.errors import ConfigError, StaleOutputError
+from clipgap_ray.errors import BudgetError, ConfigError, StaleOutputError
 from clipgap_ray.stages import embed
 from tests import made
 from tests.conftest import CLIP_SCORE_TOLERANCE, STORED_NORM_TOLERANCE
@@ -212,6 +213,20 @@ def test_a_labelled_set_keeps_its_classes(
         )
         assert row["caption"] == f"a photo of a {row['class_name']}."
     assert opened.manifest["class_names"][0] == truth[min(truth, key=lambda k: truth[k]["label"])]["class_name"]
+
+
+def test_hours_on_cpus_are_refused_before_any_output(
+    tiny_world: made.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, out = tiny_world.path("pool"), str(tmp_path / "emb")
+    monkeypatch.setattr(embed.budget, "LIMIT_S", 0.0)
+    with pytest.raises(BudgetError, match=r"about 660 rows at .* images/s: ETA \d+ s; more than 0 s needs --yes"):
+        embed.run(settings(source, out))
+    assert not Path(out).exists()
+    with caplog.at_level(logging.INFO, logger="clipgap"):
+        assert embed.run(settings(source, out, yes=True, shards="0:1")).parts == 1
+    assert any("embed on cpu: about 60 rows at" in line for line in caplog.messages)
+    assert embed.run(settings(source, out, shards="0:1")).parts_skipped == 1  # nothing left, nothing to agree to
 
 
 def test_impossible_settings_end_before_any_output(tiny_world: made.World, tmp_path: Path) -> None:
