@@ -265,12 +265,14 @@ def _read_folder(shard: Shard) -> Iterator[Sample | Skip]:
 def estimate_rows(shard: Shard) -> int:
     """Return about how many samples a shard holds, without reading its images.
 
-    Exact for local tars (headers), parquet (footer) and folders (listing). Of a remote tar the first 8 MB are read,
-    and what is in them is scaled to its size.
+    Exact for local tars (headers), parquet (footer), folders and manifests (listing). Of a remote tar the first 8 MB
+    are read, and what is in them is scaled to its size.
     """
+    if shard.kind == "manifest" and suffix_of(shard.uri) == "csv":
+        return max(0, len(store.read_bytes(shard.uri).splitlines()) - 1)
     if shard.kind == "folder":
         return sum(suffix_of(name) in IMAGE_SUFFIXES for name in store.list_names(shard.uri))
-    if shard.kind == "parquet":
+    if shard.kind in ("parquet", "manifest"):
         return store.num_table_rows(shard.uri)
     if store.is_local(shard.uri):
         with _local_file(shard.uri) as file:

@@ -118,13 +118,17 @@ def read_chunks(part: int, shard: Shard, plan: ReadPlan) -> Iterator[pa.Table]:
             continue
         try:
             picture = open_picture(item.image)
+            decoded, thumbnail = plan.preprocess.resize(picture), grey_thumbnail(picture)
         except ImageError as error:
             note(item.key, error.reason, str(error), True)
             continue
+        except (ValueError, OSError) as error:  # a colour space that Pillow decodes but cannot convert
+            note(item.key, "broken_image", str(error)[:200], True)
+            continue
         for reason in item.notes:
             note(item.key, reason, "", False)
-        pixels.append(plan.preprocess.resize(picture))
-        grey.append(grey_thumbnail(picture))
+        pixels.append(decoded)
+        grey.append(thumbnail)
         rows.append(_metadata_row(item, shard))
         if len(rows) == plan.batch_size:
             yield flush(last=False)

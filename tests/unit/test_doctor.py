@@ -81,6 +81,9 @@ def test_rows_are_estimated_from_headers_footers_and_listings(tmp_path: Path) ->
         (tmp_path / "folder" / f"{i}.png").write_bytes(b"x")
     assert estimate_rows(list_shards(str(tmp_path / "folder"))[0]) == 3
 
+    (tmp_path / "set.csv").write_text("path,class_name\na.jpg,cat\nb.jpg,dog\n")
+    assert estimate_rows(Shard(str(tmp_path / "set.csv"), "set.csv", "manifest")) == 2
+
 
 def test_rows_of_a_remote_tar_are_estimated_from_its_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tar = shard(tmp_path / "tar" / "0.tar", 200)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -127,6 +128,14 @@ def test_profile_and_anonymity_reach_the_server(
     with pytest.raises(StorageError, match=r"absent") as error:
         store.exists("s3://pool/empty")
     assert "--profile" in str(error.value)
+
+
+def test_botocore_s_own_variables_are_honoured(s3: s3_server.S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.url)
+    store.configure(store.StorageOptions())
+    assert store.list_names("s3://pool") == ["empty"]
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 VICTIM = """
