@@ -110,7 +110,7 @@ def read_chunks(part: int, shard: Shard, plan: ReadPlan) -> Iterator[pa.Table]:
         if isinstance(item, Skip):
             note(item.key, item.reason, item.detail, item.is_sample)
             continue
-        if blocked is not None and blocked.blocks(item.uid, item.sha256, item.url):
+        if blocked is not None and blocked.reason(item.uid, item.sha256, item.url):
             note(item.key, "blocklist", "", True)
             continue
         if not sampled(item.uid, plan.sample):

@@ -28,15 +28,15 @@ def test_uids_answer_as_a_set_would(tmp_path: Path, listed: list[str], asked: li
     blocked = blocklist.read(write(tmp_path / "list.txt", *listed))
     assert len(blocked.uids) == len(set(listed))
     for uid in [*listed, *asked]:
-        assert blocked.blocks(uid, "0" * 64, None) == (uid in set(listed))
+        assert blocked.reason(uid, "0" * 64, None) == ("blocked_uid" if uid in set(listed) else "")
 
 
 @given(listed=st.lists(DIGEST), asked=st.lists(DIGEST))
 def test_digests_answer_as_a_set_would(tmp_path: Path, listed: list[str], asked: list[str]) -> None:
-    zeros = ["ab" * 31 + "00", "00" * 32]  # numpy drops zero bytes at the end of a string
+    zeros = ["ab" * 31 + "00", "00" * 32]  # zero bytes at the end count
     blocked = blocklist.read(write(tmp_path / "list.txt", *listed, zeros[0]))
     for digest in [*listed, *asked, *zeros, "ab" * 32]:
-        assert blocked.blocks("0" * 32, digest, None) == (digest in {*listed, zeros[0]})
+        assert bool(blocked.reason("0" * 32, digest, None)) == (digest in {*listed, zeros[0]})
 
 
 def test_kinds_are_told_apart_and_comments_passed_over(tmp_path: Path) -> None:
@@ -44,10 +44,10 @@ def test_kinds_are_told_apart_and_comments_passed_over(tmp_path: Path) -> None:
     lines = ["# asked for on 2026-01-02", "", f"  {'AB' * 16}  ", digest.upper(), "https://example.org/ä.jpg?x=1#y"]
     blocked = blocklist.read(write(tmp_path / "a.txt", *lines))
     other = "0" * 32
-    assert blocked.blocks("ab" * 16, "0" * 64, None)
-    assert blocked.blocks(other, digest, None)
-    assert blocked.blocks(other, "0" * 64, "https://example.org/ä.jpg?x=1#y")
-    assert not blocked.blocks(other, "0" * 64, "https://example.org/ä.jpg")
+    assert blocked.reason("ab" * 16, "0" * 64, None)
+    assert blocked.reason(other, digest, None)
+    assert blocked.reason(other, "0" * 64, "https://example.org/ä.jpg?x=1#y")
+    assert not blocked.reason(other, "0" * 64, "https://example.org/ä.jpg")
     found = blocked.describe()
     assert (found["uids"], found["sha256"], found["urls"]) == (1, 1, 1)
     again = blocklist.read(write(tmp_path / "b.txt", *reversed(lines), "# another comment", *lines))
@@ -72,4 +72,16 @@ def test_a_line_that_names_nothing_is_refused_with_its_number(tmp_path: Path) ->
 
 def test_an_empty_list_blocks_nothing(tmp_path: Path) -> None:
     blocked = blocklist.read(write(tmp_path / "list.txt", "# nothing yet"))
-    assert not blocked.blocks("0" * 32, "0" * 64, "http://x")
+    assert not blocked.reason("0" * 32, "0" * 64, "http://x")
+
+
+def test_the_first_of_three_names_is_the_reason(tmp_path: Path) -> None:
+    listed, other, sha = "7".zfill(32), "3".zfill(32), "AB" * 32
+    blocked = blocklist.read(write(tmp_path / "b.txt", "# takedowns", "7".zfill(32), "", sha, "https://x/a.jpg"))
+    uids = [listed, other, other, other, listed]
+    shas, urls = ["", sha.lower(), "c" * 64, "", sha.lower()], [None, None, "https://x/a.jpg", "https://x/b.jpg", None]
+    reasons = [blocked.reason(*names) for names in zip(uids, shas, urls, strict=True)]
+    assert reasons == ["blocked_uid", "blocked_sha256", "blocked_url", "", "blocked_uid"]
+    np.save(tmp_path / "b.npy", schema.pack_uids([listed, other, "1" * 32, other]))
+    by_array = blocklist.read(str(tmp_path / "b.npy"))
+    assert [by_array.reason(*names) for names in zip(uids, shas, urls, strict=True)] == ["blocked_uid"] * 5

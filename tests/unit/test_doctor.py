@@ -61,6 +61,18 @@ def test_the_faults_of_the_world_are_found(tiny_world: made.World) -> None:
     assert labelled["problems"] == [p for p in labelled["problems"] if "must not be renamed" in p]
 
 
+def test_suffixes_are_counted_in_tars_folders_and_parquet(tmp_path: Path) -> None:
+    made.tar_shard(tmp_path / "tar" / "0.tar", [("a.JPEG", made.jpeg(0)), ("a.Json", b"{}"), ("b.jpeg", made.jpeg(1))])
+    (tmp_path / "parquet").mkdir()
+    pq.write_table(pa.table({"image": [made.jpeg(0)]}), tmp_path / "parquet" / "0.parquet")
+    (tmp_path / "folder").mkdir()
+    for name, data in (("a.jpg", made.jpeg(0)), ("a.txt", b"x"), ("b.JPG", made.jpeg(1))):
+        (tmp_path / "folder" / name).write_bytes(data)
+    suffixes = {name: run(DoctorSettings(source=str(tmp_path / name)))["suffixes"] for name in ("tar", "folder")}
+    assert suffixes == {"tar": {"jpeg": 2, "json": 1}, "folder": {"jpg": 2, "txt": 1}}
+    assert run(DoctorSettings(source=str(tmp_path / "parquet")))["suffixes"] == {"image": 1}
+
+
 def test_what_holds_no_images_is_said(tmp_path: Path) -> None:
     made.tar_shard(tmp_path / "pool" / "0.tar", [("a.mp3", b"x"), ("b.mp3", b"x")])
     report = run(DoctorSettings(source=str(tmp_path / "pool")))

@@ -44,7 +44,8 @@ def test_files_survive_errors_cuts_and_hang_ups(s3: s3_server.S3Server) -> None:
     for i in range(6):
         folder = f"s3://pool/emb/{i}"
         store.write_bytes(f"{folder}/a.npy", store.array_bytes(array + i))
-        store.write_table(f"{folder}/t.parquet", table)
+        with store.atomic_file(f"{folder}/t.parquet") as file:
+            file.write(store.table_bytes(table))
         assert np.array_equal(store.read_array(f"{folder}/a.npy"), array + i)
         assert store.read_table(f"{folder}/t.parquet", ["a"]) == table
         assert store.read_bytes(f"{folder}/a.npy", 128, 80) == (array + i).tobytes()[:80]
