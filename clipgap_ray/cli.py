@@ -50,7 +50,7 @@ VERBS = {
     "run": Verb("study:RunSettings", "stages.study:run", "run a whole study from a YAML file"),
     "serve": Verb("serve:ServeSettings", "serving.run:run", "search and zero-shot over HTTP"),
     "status": Verb("study:StatusSettings", "status:run", "what is done and what is left in a directory"),
-    "doctor": Verb("study:DoctorSettings", "status:doctor", "check this environment"),
+    "doctor": Verb("study:DoctorSettings", "doctor:run", "check this environment, or look into a source"),
 }
 SPLITS = {
     "gap-match": Verb("split:GapMatch", "stages.split:run", "remove rows closer to a test set than the reference is"),

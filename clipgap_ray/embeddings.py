@@ -152,8 +152,9 @@ class EmbeddingSet:
         return np.concatenate([np.asarray(self.images(part.number)) for part in self.parts])
 
     def all_metadata(self, columns: list[str] | None = None) -> pa.Table:
-        """Return the metadata of all parts in order."""
-        return pa.concat_tables([self.metadata(part.number, columns) for part in self.parts])
+        """Return the metadata of all parts in order; a column that older parts lack is null there."""
+        tables = [self.metadata(part.number, columns) for part in self.parts]
+        return pa.concat_tables(tables, promote_options="default")
 
     def uids_of(self, row_ids: np.ndarray) -> dict[int, str]:
         """Return the uids of some rows, reading only the parts they lie in; row ids below 0 are left out."""

@@ -1,4 +1,5 @@
-"""What turns images and captions into unit rows: open_clip models, and a projection that needs no weights.
+"""What turns images and captions into unit rows: open_clip models, timm models (`encoder_timm`), and a projection
+that needs no weights.
 
 The bits of an embedding depend on the batch it was computed in. So a batch never crosses a part, is padded to
 `batch_size`, and batch size and threads are recorded: the same bytes give the same embedding on one machine
@@ -10,100 +11,28 @@ Decoding is separate from encoding: CPU tasks decode to uint8 with `Preprocess`,
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import re
-import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from clipgap_ray import __version__, store
+from clipgap_ray.encoder_names import resolve_names
+from clipgap_ray.encoder_projection import PROJECTION, ProjectionEncoder
 from clipgap_ray.errors import ConfigError
+from clipgap_ray.pixels import ImageError, Preprocess
 
 MODELS = Path(__file__).parent / "models"
-PROJECTION = "projection"
-MAX_IMAGE_PIXELS = 64_000_000  # a decompression bomb guard: 64 megapixels, 192 MB decoded
-MAX_ASPECT = 50  # resizing the short side of a 1 x 60,000 image would make it 13 million pixels long
-ALIASES = {"ViT-B/32": "ViT-B-32", "ViT-B/16": "ViT-B-16", "ViT-L/14": "ViT-L-14"}
-
-
-class ImageError(ValueError):
-    """An image cannot be decoded; `reason` is a ledger reason."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """How encoded bytes become the model's uint8 pixels: open_clip's evaluation transform up to the tensor.
-
-    Attributes:
-        size: Side of the square in pixels.
-        interpolation: "bicubic" or "bilinear".
-        resize_mode: "shortest" (resize then centre crop) or "squash".
-        crop_border: Pixels cut from every side first (ObjectNet's red border).
-    """
-
-    size: int
-    interpolation: str = "bicubic"
-    resize_mode: str = "shortest"
-    crop_border: int = 0
-
-    def decode(self, image: bytes) -> np.ndarray:
-        """Decode encoded image bytes.
-
-        Returns:
-            (size, size, 3) uint8.
-
-        Raises:
-            ImageError: If the bytes are no image, truncated, or of more than MAX_IMAGE_PIXELS pixels.
-        """
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow warns of oddities that decode well
-                picture = Image.open(io.BytesIO(image))
-                if picture.width * picture.height > MAX_IMAGE_PIXELS:
-                    raise ImageError("too_many_pixels", f"{picture.width}x{picture.height}")
-                if max(picture.size) > MAX_ASPECT * min(picture.size):
-                    raise ImageError("extreme_aspect", f"{picture.width}x{picture.height}")
-                picture.load()
-        except ImageError:
-            raise
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            detail = re.sub(r" <.* at 0x[0-9a-f]+>", "", str(error))  # an address would differ from run to run
-            raise ImageError("broken_image", detail[:200]) from None
-        return self.resize(picture)
-
-    def resize(self, picture: Image.Image) -> np.ndarray:
-        """Return a loaded picture as (size, size, 3) uint8.
-
-        Pixel for pixel what torchvision's Resize and CenterCrop do to a PIL image, without importing torch: a worker
-        that only reads and decodes stays small and starts at once.
-        """
-        if self.crop_border:
-            border = self.crop_border
-            picture = picture.crop((border, border, picture.width - border, picture.height - border))
-        mode = Image.Resampling[self.interpolation.upper()]
-        if self.resize_mode == "squash":
-            return np.asarray(picture.resize((self.size, self.size), mode).convert("RGB"), dtype=np.uint8)
-        short = min(picture.size)
-        width, height = (self.size if side == short else int(self.size * side / short) for side in picture.size)
-        if (width, height) != picture.size:
-            picture = picture.resize((width, height), mode)
-        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
-        picture = picture.crop((left, top, left + self.size, top + self.size))
-        return np.asarray(picture.convert("RGB"), dtype=np.uint8)
+TIMM = "timm:"
 
 
 class Encoder(Protocol):
-    """Images and captions to unit rows. Implementations ship: `ClipEncoder`, `ProjectionEncoder`."""
+    """Images and captions to unit rows. Implementations ship: `ClipEncoder`, `TimmEncoder`, `ProjectionEncoder`."""
 
+    settings: EncoderSettings
     preprocess: Preprocess
     fingerprint: dict[str, Any]
     dim: int
@@ -122,7 +51,8 @@ class EncoderSettings:
     """What builds the same encoder in any process.
 
     Attributes:
-        model: open_clip name, `hf-hub:org/name`, `local-dir:path`, or "projection".
+        model: open_clip name, `hf-hub:org/name`, `local-dir:path`, `timm:name`, "projection", or another spelling
+            that `resolve_names` knows; the resolved name is kept.
         pretrained: open_clip tag, checkpoint file, run directory of `clipgap train`, or "random" (seeded, for tests).
         device: "cpu" or "cuda".
         precision: "fp32", "fp16" or "bf16" (autocast on GPUs).
@@ -139,9 +69,24 @@ class EncoderSettings:
     threads: int = 1
     crop_border: int = 0
 
+    def __post_init__(self) -> None:
+        for name, value in zip(("model", "pretrained"), resolve_names(self.model, self.pretrained), strict=True):
+            object.__setattr__(self, name, value)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the encoder embeds captions too; timm's models know images only."""
+        return not self.model.startswith(TIMM)
+
     def build(self) -> Encoder:
         """Build the encoder; errors are those of `check`."""
-        return ProjectionEncoder(self) if self.model == PROJECTION else ClipEncoder(self)
+        if self.model == PROJECTION:
+            return ProjectionEncoder(self)
+        if self.model.startswith(TIMM):
+            from clipgap_ray.encoder_timm import TimmEncoder
+
+            return TimmEncoder(self)
+        return ClipEncoder(self)
 
 
 def register_models(folder: str | Path | None = None) -> None:
@@ -178,6 +123,10 @@ def check(settings: EncoderSettings) -> Preprocess:
     """
     if settings.model == PROJECTION:
         return Preprocess(ProjectionEncoder.SIZE, crop_border=settings.crop_border)
+    if settings.model.startswith(TIMM):
+        from clipgap_ray import encoder_timm
+
+        return encoder_timm.check(settings)
     import difflib
 
     import open_clip
@@ -186,7 +135,7 @@ def check(settings: EncoderSettings) -> Preprocess:
     register_models(os.path.dirname(checkpoint) if os.path.isfile(checkpoint) else None)
     if settings.model.startswith(("hf-hub:", "local-dir:")):
         return Preprocess(_schema_image_size(settings.model), crop_border=settings.crop_border)
-    model = ALIASES.get(settings.model, settings.model)
+    model = settings.model
     config = open_clip.get_model_config(model)
     if config is None:
         near = difflib.get_close_matches(model, open_clip.list_models(), n=3)
@@ -218,14 +167,21 @@ def check(settings: EncoderSettings) -> Preprocess:
 
 
 def _schema_image_size(model: str) -> int:
+    import huggingface_hub.errors
     import open_clip
 
     schema, name = model.split(":", 1)
-    config = (
-        store.read_json(store.join(name, "open_clip_config.json"))
-        if schema == "local-dir"
-        else open_clip.factory._get_hf_config(name)
-    )
+    try:
+        config = (
+            store.read_json(store.join(name, "open_clip_config.json"))
+            if schema == "local-dir"
+            else open_clip.factory._get_hf_config(name)
+        )
+    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
+        raise ConfigError(
+            f"no open_clip_config.json for {model}: {str(error).splitlines()[0]}",
+            hint="the repository must hold weights in open_clip's format, and the machine must reach it",
+        ) from None
     size = config["model_cfg"]["vision_cfg"].get("image_size", 224)
     return int(size[0] if isinstance(size, list | tuple) else size)
 
@@ -242,7 +198,7 @@ class ClipEncoder:
         self._torch = torch
         torch.set_num_threads(settings.threads)
         checkpoint = resolve_checkpoint(settings.pretrained)
-        name = ALIASES.get(settings.model, settings.model)
+        name = settings.model
         torch.manual_seed(0)  # "random" weights are the same everywhere
         self.model = open_clip.create_model(
             name, pretrained=None if checkpoint in ("", "random") else checkpoint, device=settings.device
@@ -253,20 +209,7 @@ class ClipEncoder:
         self._std = torch.tensor(config["std"], device=settings.device).view(1, 3, 1, 1)
         self.dim = int(self._probe_dim())
         quick_gelu = bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False))
-        self.fingerprint = {
-            "model": settings.model,
-            "pretrained": os.path.basename(settings.pretrained.rstrip("/")),
-            "weights_sha256": weights_sha256(self.model),
-            "quick_gelu": quick_gelu,
-            "preprocess": {**asdict(self.preprocess), "mean": list(config["mean"]), "std": list(config["std"])},
-            "crop_border": settings.crop_border,
-            "dim": self.dim,
-            "precision": settings.precision,
-            "batch_size": settings.batch_size,
-            "threads": settings.threads,
-            "torch": torch.__version__,
-            "version": __version__,
-        }
+        self.fingerprint = fingerprint(self.model, settings, self.preprocess, config, self.dim, quick_gelu)
 
     def _probe_dim(self) -> int:
         size = self.preprocess.size
@@ -283,7 +226,7 @@ class ClipEncoder:
             tensor = tensor.permute(0, 3, 1, 2).float().div_(255).sub_(self._mean).div_(self._std)
             return self.model.encode_image(tensor)
 
-        return self._in_batches(pixels, forward)
+        return in_batches(pixels, forward, self.settings, self.dim)
 
     def encode_texts(self, texts: list[str]) -> np.ndarray:
         """Map n captions to (n, dim) float32 unit rows, in padded batches."""
@@ -292,25 +235,78 @@ class ClipEncoder:
         def forward(batch: np.ndarray) -> Any:
             return self.model.encode_text(self._torch.from_numpy(batch).to(self.settings.device))
 
-        return self._in_batches(tokens, forward)
+        return in_batches(tokens, forward, self.settings, self.dim)
 
-    def _in_batches(self, rows: np.ndarray, forward: Any) -> np.ndarray:
-        torch, size = self._torch, self.settings.batch_size
-        result = np.zeros((len(rows), self.dim), np.float32)
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.settings.precision)
-        for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
-            padding = size - len(batch)
-            if padding:
-                batch = np.concatenate([batch, np.repeat(batch[-1:], padding, axis=0)])
-            with (
-                torch.inference_mode(),
-                torch.autocast(self.settings.device, dtype=dtype or torch.float16, enabled=dtype is not None),
-            ):
-                features = forward(batch)[: size - padding].float()
-                features = torch.nn.functional.normalize(features, dim=-1)
-            result[start : start + size] = features.cpu().numpy()
-        return result
+
+def in_batches(
+    rows: np.ndarray, forward: Callable[[np.ndarray], Any], settings: EncoderSettings, dim: int
+) -> np.ndarray:
+    """Run a torch model over rows in batches of one size, the last one padded, and make its features unit.
+
+    Args:
+        rows: (n, ...) inputs; n may be 0.
+        forward: Maps a batch of `settings.batch_size` inputs to a torch tensor (batch, dim).
+        settings: Device, precision and batch size.
+        dim: Dimension d of the features.
+
+    Returns:
+        (n, d) float32 unit rows.
+    """
+    import torch
+
+    size = settings.batch_size
+    result = np.zeros((len(rows), dim), np.float32)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(settings.precision)
+    for start in range(0, len(rows), size):
+        batch = rows[start : start + size]
+        padding = size - len(batch)
+        if padding:
+            batch = np.concatenate([batch, np.repeat(batch[-1:], padding, axis=0)])
+        with (
+            torch.inference_mode(),
+            torch.autocast(settings.device, dtype=dtype or torch.float16, enabled=dtype is not None),
+        ):
+            features = forward(batch)[: size - padding].float()
+            features = torch.nn.functional.normalize(features, dim=-1)
+        result[start : start + size] = features.cpu().numpy()
+    return result
+
+
+def fingerprint(
+    model: Any,
+    settings: EncoderSettings,
+    preprocess: Preprocess,
+    normalisation: Mapping[str, Any],
+    dim: int,
+    quick_gelu: bool,
+) -> dict[str, Any]:
+    """Return what a manifest says of a torch encoder.
+
+    Args:
+        model: The torch module; its weights are hashed.
+        settings: What it was built from.
+        preprocess: Its pixels.
+        normalisation: Three numbers each for `mean` and `std`, of pixels in 0..1.
+        dim: Dimension of its rows.
+        quick_gelu: Its activation.
+    """
+    import torch
+
+    pixels = {name: list(normalisation[name]) for name in ("mean", "std")}
+    return {
+        "model": settings.model,
+        "pretrained": os.path.basename(settings.pretrained.rstrip("/")),
+        "weights_sha256": weights_sha256(model),
+        "quick_gelu": quick_gelu,
+        "preprocess": {**preprocess.as_dict(), **pixels},
+        "crop_border": settings.crop_border,
+        "dim": dim,
+        "precision": settings.precision,
+        "batch_size": settings.batch_size,
+        "threads": settings.threads,
+        "torch": torch.__version__,
+        "version": __version__,
+    }
 
 
 def weights_sha256(model: Any) -> str:
@@ -322,54 +318,19 @@ def weights_sha256(model: Any) -> str:
     return hasher.hexdigest()
 
 
-class ProjectionEncoder:
-    """A deterministic encoder without weights, for tests and dry runs.
-
-    Images: 8 x 8 mean pixels, centred, times a fixed random matrix. Captions: the mean of fixed random vectors of
-    their words. Close images get close rows; captions and images are unrelated.
-    """
-
-    SIZE = 64
-    DIM = 64
-
-    def __init__(self, settings: EncoderSettings) -> None:
-        self.settings = settings
-        self.preprocess = Preprocess(self.SIZE, crop_border=settings.crop_border)
-        self.dim = self.DIM
-        self._matrix = np.random.default_rng(2310_09562).standard_normal((8 * 8 * 3, self.DIM)).astype(np.float32)
-        self.fingerprint = {
-            "model": PROJECTION,
-            "pretrained": "",
-            "weights_sha256": store.sha256(self._matrix.tobytes()),
-            "quick_gelu": False,
-            "preprocess": asdict(self.preprocess),
-            "crop_border": settings.crop_border,
-            "dim": self.DIM,
-            "precision": "fp32",
-            "batch_size": 1,
-            "threads": 1,
-            "version": __version__,
-        }
-
-    def encode_images(self, pixels: np.ndarray) -> np.ndarray:
-        """Map (n, 64, 64, 3) uint8 to (n, 64) float32 unit rows."""
-        cells = pixels.reshape(-1, 8, 8, 8, 8, 3).mean(axis=(2, 4), dtype=np.float32) / 255
-        flat = cells.reshape(len(pixels), 8 * 8 * 3)
-        centred = flat - flat.mean(axis=1, keepdims=True) + 1e-3
-        return _unit(np.stack([row @ self._matrix for row in centred]) if len(flat) else np.zeros((0, self.DIM)))
-
-    def encode_texts(self, texts: list[str]) -> np.ndarray:
-        """Map n captions to (n, 64) float32 unit rows."""
-        return _unit(np.stack([self._words(text) for text in texts]) if texts else np.zeros((0, self.DIM)))
-
-    def _words(self, text: str) -> np.ndarray:
-        total = np.full(self.DIM, 1e-3, np.float32)
-        for word in text.lower().split():
-            seed = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big")
-            total += np.random.default_rng(seed).standard_normal(self.DIM).astype(np.float32)
-        return total
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    rows = rows.astype(np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+__all__ = [
+    "PROJECTION",
+    "ClipEncoder",
+    "Encoder",
+    "EncoderSettings",
+    "ImageError",
+    "Preprocess",
+    "ProjectionEncoder",
+    "check",
+    "fingerprint",
+    "in_batches",
+    "register_models",
+    "resolve_checkpoint",
+    "resolve_names",
+    "weights_sha256",
+]

@@ -6,6 +6,7 @@ ClipgapError
   IndexMismatchError  (also ValueError)  dims, encoder or metric of index and query disagree
   StaleOutputError                       the output exists and was written with other settings
   LeaseError                             another driver is writing to the same directory
+  StorageError                           an object store refuses, or does not answer
   ShardLostError                         an index shard's actor died
   BudgetError                            too much was skipped, or a run would cost more than allowed
 """
@@ -48,6 +49,10 @@ class StaleOutputError(ClipgapError):
 
 class LeaseError(ClipgapError):
     """Another driver is writing to the same directory."""
+
+
+class StorageError(ClipgapError):
+    """An object store refuses, or does not answer after several attempts."""
 
 
 class ShardLostError(ClipgapError):

@@ -1,6 +1,6 @@
-"""Lists of identities as files: DataComp's subset files, other people's id lists, blocklists.
+"""Lists of identities as files: DataComp's subset files, other people's id lists.
 
-Whatever an identity is (uid, integer LAION key, webdataset key, sha256, url), here it becomes 128 bits of dtype
+Whatever an identity is (uid, integer LAION key, webdataset key), here it becomes 128 bits of dtype
 `schema.UID`, so that one sorted array and one search (`kernels/subsets.py`) serve them all. Uids and integers stand
 for themselves; other texts are hashed (blake2b), which at 128 bits is as good as comparing them.
 """
@@ -8,7 +8,6 @@ for themselves; other texts are hashed (blake2b), which at 128 bits is as good a
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +17,12 @@ import numpy as np
 import pyarrow as pa
 
 from clipgap_ray import schema, store
-from clipgap_ray.errors import ConfigError, DataError
+from clipgap_ray.errors import DataError
 from clipgap_ray.kernels import subsets
 
 Kind = Literal["uid", "integer", "key"]
 
 INTEGER = re.compile(r"[0-9]{1,18}\Z")  # fits int64; LAION's keys have 9 to 13 digits
-SHA256 = re.compile(r"[0-9a-fA-F]{64}\Z")
 COLUMNS = ("uid", "key", "image_path", "__key__", "id")  # of a parquet list, the first that is there
 
 
@@ -144,66 +142,3 @@ def pack_integers(values: np.ndarray) -> np.ndarray:
 def _hashed(values: Sequence[str]) -> np.ndarray:
     digests = b"".join(hashlib.blake2b(value.encode(), digest_size=16).digest() for value in values)
     return schema.pack_words(np.frombuffer(digests, ">u8"))
-
-
-@dataclass(frozen=True)
-class Blocklist:
-    """Samples that must not leave, by uid, by sha256 of the image bytes, by url; each (n,) `UID`, sorted and unique.
-
-    Attributes:
-        uids: The uids themselves.
-        sha256: Hashes of the 64 hex characters.
-        urls: Hashes of the urls.
-    """
-
-    uids: np.ndarray
-    sha256: np.ndarray
-    urls: np.ndarray
-
-    def reasons(self, uids: np.ndarray, sha256: Sequence[str], urls: Sequence[str | None]) -> list[str]:
-        """Say for each of n samples why it is blocked, "" when it is not.
-
-        Args:
-            uids: (n,) `schema.UID`.
-            sha256: n hex sha256 of the images; may be empty texts when the list holds none.
-            urls: n addresses or None.
-
-        Returns:
-            n of "", "blocked_uid", "blocked_sha256", "blocked_url"; the first that applies.
-        """
-        by_uid = subsets.contains(self.uids, uids)
-        by_sha = subsets.contains(self.sha256, _hashed(sha256))
-        by_url = subsets.contains(self.urls, _hashed([url or "" for url in urls]))
-        found = np.select([by_uid, by_sha, by_url], ["blocked_uid", "blocked_sha256", "blocked_url"], "")
-        return [str(reason) for reason in found]
-
-
-def read_blocklist(uri: str) -> Blocklist:
-    """Read a blocklist: .npy of dtype `UID`, or one uid, sha256 or url per line, mixed; `#` starts a comment line.
-
-    Raises:
-        ConfigError: If a line is none of the three: a takedown that silently does nothing is worse than an error.
-    """
-    if uri.endswith(".npy"):
-        return Blocklist(read_subset(uri), *(np.zeros(0, schema.UID) for _ in range(2)))
-    found: dict[str, list[str]] = {"uid": [], "sha256": [], "url": []}
-    for number, line in enumerate(io.StringIO(store.read_bytes(uri).decode()), 1):
-        entry = line.strip()
-        if not entry or entry.startswith("#"):
-            continue
-        found[_blocked_by(entry, uri, number)].append(entry)
-    lists = [pack(found["uid"], "uid"), _hashed([s.lower() for s in found["sha256"]]), _hashed(found["url"])]
-    return Blocklist(*(subsets.sorted_unique(ids) for ids in lists))
-
-
-def _blocked_by(entry: str, uri: str, number: int) -> str:
-    if schema.UID_TEXT.match(entry):
-        return "uid"
-    if SHA256.match(entry):
-        return "sha256"
-    if "://" in entry:
-        return "url"
-    raise ConfigError(
-        f"{uri} line {number}: {entry[:80]!r} is no uid (32 hex), sha256 (64 hex) or url (with ://)",
-        hint="one entry per line; lines that start with # are comments",
-    )

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from clipgap_ray import __version__, store
-from clipgap_ray.errors import DataError, LeaseError, StaleOutputError
+from clipgap_ray.errors import DataError, LeaseError, StaleOutputError, StorageError
 
 LEASE_BEAT_S = 5.0
 COMPACT_ABOVE = 64
@@ -84,9 +84,8 @@ class CommitLog:
         old = self._segments
         self._segments = []
         self.append([self.records[part] for part in sorted(self.records)])
-        fs, path = store.filesystem(self.uri)
         for name in old:
-            fs.rm_file(store.join(path, name))
+            store.remove(store.join(self.uri, name))
 
 
 def assign_parts(uri: str, shards: list[str]) -> dict[str, int]:
@@ -139,9 +138,7 @@ class Lease:
             return
         if self._thread is not None:
             self._thread.join()
-        fs, path = store.filesystem(self.uri)
-        with contextlib.suppress(FileNotFoundError):
-            fs.rm_file(path)
+        store.remove(self.uri)
 
     def _lock(self) -> None:
         import fcntl  # absent on Windows; only the local lease needs it
@@ -182,7 +179,8 @@ class Lease:
         beat = 0
         while not self._stop.wait(LEASE_BEAT_S):
             beat += 1
-            self._write(beat)
+            with contextlib.suppress(StorageError):  # a store that is away for a moment: the next beat mends it
+                self._write(beat)
 
     def _refusal(self, holder: str) -> LeaseError:
         return LeaseError(

@@ -38,6 +38,8 @@ METADATA = pa.schema(
         ("image_bytes", pa.int64()),
         ("width", pa.int32()),
         ("height", pa.int32()),
+        ("phash", pa.int64()),  # 64 bits of `kernels.phash`, of the whole picture; null where no image was decoded
+        ("phash_flipped", pa.int64()),  # of its mirror image
         ("clip_score", pa.float32()),  # inner product of the pair; null without caption
         ("label", pa.int32()),  # test sets and references; -1 for pools
         ("class_name", pa.string()),

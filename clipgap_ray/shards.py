@@ -14,6 +14,7 @@ one bad member) and webdataset's own iterator (drops silently).
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -27,30 +28,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipgap_ray import schema, store
-from clipgap_ray.errors import DataError
+from clipgap_ray.errors import DataError, StorageError
 from clipgap_ray.sources import IMAGE_SUFFIXES, Shard, list_shards, suffix_of
+from clipgap_ray.tars import Member, Members, Skip, index_tar
 
 CAPTION_FIELDS = ("caption", "text", "TEXT")
 URL_FIELDS = ("url", "URL")
 _COPY_BLOCK_BYTES = 8 << 20
-_COPY_ATTEMPTS = 5
 _PARQUET_BATCH_ROWS = 256
-
-
-@dataclass(frozen=True)
-class Member:
-    """One file of a sample inside its tar: the suffix as it is spelled there, and where its bytes lie."""
-
-    suffix: str
-    offset: int
-    size: int
 
 
 @dataclass
 class Sample:
     """One image with what came beside it. `image` holds the encoded bytes, not pixels.
 
-    `members` are all files of the sample in the order of its tar, for those who copy samples; none outside tars.
+    `members` are all files of the sample, in the order of its tar, for those who copy or count them.
     """
 
     key: str
@@ -66,23 +58,21 @@ class Sample:
     notes: tuple[str, ...] = ()
     members: tuple[Member, ...] = field(default=(), compare=False, repr=False)
 
-    @property
+    @functools.cached_property
     def sha256(self) -> str:
         """Hex sha256 of the encoded image."""
         return hashlib.sha256(self.image).hexdigest()
 
 
-@dataclass(frozen=True)
-class Skip:
-    """A sample (or, with an empty key, a shard) that could not be read. `is_sample`: it counts as one read row."""
-
-    key: str
-    reason: str
-    detail: str = ""
-    is_sample: bool = True
-
-
 # --- identity --------------------------------------------------------------------------------------------
+
+
+def uid_rule(fields: dict[str, Any], url: str | None, caption: str | None) -> str:
+    """Return by which rule a sample gets its uid: "uid" (it has one), "url+caption" or "key"."""
+    given = fields.get("uid")
+    if isinstance(given, str) and schema.UID_TEXT.match(given):
+        return "uid"
+    return "url+caption" if url and caption else "key"
 
 
 def sample_uid(fields: dict[str, Any], url: str | None, caption: str | None, shard: Shard, key: str) -> str:
@@ -99,11 +89,11 @@ def sample_uid(fields: dict[str, Any], url: str | None, caption: str | None, sha
     Returns:
         32 hex characters.
     """
-    given = fields.get("uid")
-    if isinstance(given, str) and schema.UID_TEXT.match(given):
-        return given.lower()
-    if url and caption:
-        return _hash("url", url, caption)
+    rule = uid_rule(fields, url, caption)
+    if rule == "uid":
+        return str(fields["uid"]).lower()
+    if rule == "url+caption":
+        return _hash("url", str(url), str(caption))
     return _hash("key", shard.source, shard.name.rsplit("/", 1)[-1], key)
 
 
@@ -139,42 +129,27 @@ def read_shard(shard: Shard, *, images: bool = True) -> Iterator[Sample | Skip]:
 @contextlib.contextmanager
 def _local_file(uri: str) -> Iterator[IO[bytes]]:
     """Open a shard as a local seekable file; a remote one is copied first, resuming where a connection broke."""
-    fs, path = store.filesystem(uri)
     if store.is_local(uri):
         try:
-            with open(path, "rb") as file:
+            with open(store.filesystem(uri)[1], "rb") as file:
                 yield file
         except FileNotFoundError:
             raise DataError(f"shard {uri} does not exist") from None
         return
+    size = store.size(uri)
     with tempfile.TemporaryFile(prefix="clipgap-shard-") as spool:
-        size = int(fs.size(path))
-        attempts = 0
         while (done := spool.tell()) < size:
-            try:
-                spool.write(fs.cat_file(path, start=done, end=min(size, done + _COPY_BLOCK_BYTES)))
-            except OSError:  # botocore's and aiohttp's errors arrive as OSError through s3fs
-                attempts += 1
-                if attempts >= _COPY_ATTEMPTS:
-                    raise
-                spool.seek(done)
+            # Every block is retried on its own, so a connection that breaks costs at most one block.
+            block = store.read_bytes(uri, done, min(_COPY_BLOCK_BYTES, size - done))
+            if not block:
+                raise StorageError(f"{uri} ended at byte {done} of {size}: it was replaced while it was read")
+            spool.write(block)
         spool.seek(0)
         yield spool
 
 
-@dataclass
-class _Members:
-    """One sample's members by lower-case suffix, in the order of the tar."""
-
-    key: str
-    ranges: dict[str, Member]
-
-    def image(self) -> Member | None:
-        return next((self.ranges[s] for s in IMAGE_SUFFIXES if s in self.ranges), None)
-
-
 def _read_tar(file: IO[bytes], shard: Shard, images: bool) -> Iterator[Sample | Skip]:
-    groups, problem = _index_tar(file)
+    groups, problem = index_tar(file)
     if not groups and problem is None:
         yield Skip("", "empty_shard", "no members", is_sample=False)
     for members in groups:
@@ -183,73 +158,7 @@ def _read_tar(file: IO[bytes], shard: Shard, images: bool) -> Iterator[Sample | 
         yield problem
 
 
-def _index_tar(file: IO[bytes]) -> tuple[list[_Members], Skip | None]:
-    """Group the members of a tar by key, in order of first appearance; report where it breaks off."""
-    size = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    groups: dict[str, list[_Members]] = {}
-    order: list[_Members] = []
-    if size == 0:
-        return order, Skip("", "truncated_shard", "zero bytes", is_sample=False)
-    problem: Skip | None = None
-    try:
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  the file is the caller's
-        while True:
-            end = tar.offset
-            info = tar.next()
-            if info is None:
-                problem = _check_end(file, end, size)
-                break
-            if not info.isreg():
-                continue
-            if info.offset_data + info.size > size:
-                problem = Skip(_key_and_suffix(info.name)[0], "truncated_shard", f"{info.name} is cut off")
-                break
-            _file_member(info, groups, order)
-    except tarfile.TarError as error:
-        problem = Skip("", "truncated_shard", str(error), is_sample=False)
-    if problem is not None and problem.is_sample and problem.key in groups:
-        # The cut fell inside a later member of a sample whose image was read: the sample stays, with a note.
-        kept = groups[problem.key][-1].image() is not None
-        problem = Skip(problem.key, problem.reason, problem.detail, is_sample=False) if kept else problem
-        if not kept:
-            order.remove(groups[problem.key][-1])
-    return order, problem
-
-
-def _check_end(file: IO[bytes], end: int, size: int) -> Skip | None:
-    """A sound tar ends in zero blocks; anything else is a cut at a boundary or a damaged header."""
-    file.seek(end)
-    tail = file.read(512)
-    if tail.count(0) == len(tail) == 512:
-        return None
-    detail = "no end-of-archive blocks" if end >= size else f"damaged header at byte {end}"
-    return Skip("", "truncated_shard", detail, is_sample=False)
-
-
-def _key_and_suffix(name: str) -> tuple[str, str]:
-    """Split a member name at the first dot of its base name, as webdataset does."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, suffix = base.partition(".")
-    return folder + slash + stem, suffix
-
-
-def _file_member(info: tarfile.TarInfo, groups: dict[str, list[_Members]], order: list[_Members]) -> None:
-    """Add a member to the latest sample of its key that lacks its suffix; a second one opens a new sample."""
-    key, raw_suffix = _key_and_suffix(info.name)
-    suffix = raw_suffix.lower()
-    same_key = groups.setdefault(key, [])
-    image = suffix in IMAGE_SUFFIXES
-    latest = same_key[-1] if same_key else None
-    if latest is None or suffix in latest.ranges or (image and latest.image() is not None):
-        name = key if latest is None else f"{key}#{len(same_key) + 1}"
-        latest = _Members(name, {})
-        same_key.append(latest)
-        order.append(latest)
-    latest.ranges[suffix] = Member(raw_suffix, info.offset_data, info.size)
-
-
-def _assemble(file: IO[bytes], members: _Members, shard: Shard, images: bool) -> Sample | Skip:
+def _assemble(file: IO[bytes], members: Members, shard: Shard, images: bool) -> Sample | Skip:
     def read(suffix: str) -> bytes | None:
         if suffix not in members.ranges:
             return None
@@ -327,7 +236,7 @@ def _read_parquet(file: IO[bytes], shard: Shard) -> Iterator[Sample | Skip]:
             label = row.get("label", row.get("cls", -1))
             notes = () if caption else ("missing_caption",)
             label = label if isinstance(label, int) else -1
-            yield Sample(key, uid, image, caption, url, row, label, notes=notes)
+            yield Sample(key, uid, image, caption, url, row, label, notes=notes, members=(Member(column),))
 
 
 def _image_column(columns: pa.Schema) -> str | None:
@@ -356,7 +265,31 @@ def _read_folder(shard: Shard) -> Iterator[Sample | Skip]:
             yield Skip(key, "no_image", "zero bytes")
             continue
         notes = () if caption else ("missing_caption",)
-        yield Sample(key, uid, image, caption, notes=notes)
+        members = tuple(Member(suffix_of(file)) for file in (name, *([text] if text in texts else [])))
+        yield Sample(key, uid, image, caption, notes=notes, members=members)
+
+
+def estimate_rows(shard: Shard) -> int:
+    """Return about how many samples a shard holds, without reading its images.
+
+    Exact for local tars (headers), parquet (footer), folders and manifests (listing). Of a remote tar the first 8 MB
+    are read, and what is in them is scaled to its size.
+    """
+    if shard.kind == "manifest" and suffix_of(shard.uri) == "csv":
+        return max(0, len(store.read_bytes(shard.uri).splitlines()) - 1)
+    if shard.kind == "folder":
+        return sum(suffix_of(name) in IMAGE_SUFFIXES for name in store.list_names(shard.uri))
+    if shard.kind in ("parquet", "manifest"):
+        return store.num_table_rows(shard.uri)
+    if store.is_local(shard.uri):
+        with _local_file(shard.uri) as file:
+            return sum(one.image() is not None for one in index_tar(file)[0])
+    size = store.size(shard.uri)
+    head = store.read_bytes(shard.uri, 0, min(size, _COPY_BLOCK_BYTES)) if size else b""
+    starts = [one.image().offset for one in index_tar(io.BytesIO(head))[0] if one.image() is not None]  # type: ignore[union-attr]
+    if len(head) == size or len(starts) < 2:
+        return len(starts)
+    return round(size * (len(starts) - 1) / (starts[-1] - starts[0]))
 
 
 def write_tar(samples: list[tuple[str, dict[str, bytes]]]) -> bytes:
@@ -381,8 +314,10 @@ __all__ = [
     "Sample",
     "Shard",
     "Skip",
+    "estimate_rows",
     "list_shards",
     "read_shard",
     "sample_uid",
+    "uid_rule",
     "write_tar",
 ]

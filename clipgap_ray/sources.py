@@ -80,13 +80,16 @@ def _list_one(item: str) -> Iterator[Shard]:
     fs, path = store.filesystem(item)
     prefix = item.split("://")[0] + "://" if "://" in item else ""
     if any(mark in path for mark in "*?["):
-        found = sorted(str(p) for p in fs.glob(path))
+        found = sorted(str(p) for p in store.patiently(item, lambda: fs.glob(path)))
         for name in found:
             yield _file_shard(prefix + name)
         return
-    if not fs.exists(path):
-        raise ConfigError(f"{item} does not exist", hint="check the path; remote paths look like s3://bucket/prefix")
-    if fs.isfile(path):
+    try:
+        kind = store.patiently(item, lambda: fs.info(path))["type"]
+    except FileNotFoundError:
+        hint = "check the path; remote paths look like s3://bucket/prefix"
+        raise ConfigError(f"{item} does not exist", hint=hint) from None
+    if kind == "file":
         yield _file_shard(item)
         return
     yield from _list_directory(item)
@@ -96,7 +99,7 @@ def _list_directory(uri: str) -> Iterator[Shard]:
     """Tars first, else parquet, else every folder with images: a directory holds one kind."""
     fs, path = store.filesystem(uri)
     prefix = uri.split("://")[0] + "://" if "://" in uri else ""
-    files = sorted(str(name) for name in fs.find(path))
+    files = sorted(str(name) for name in store.patiently(uri, lambda: fs.find(path)))
     base = str(path).rstrip("/")
     source = base.rsplit("/", 1)[-1]
 

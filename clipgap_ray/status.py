@@ -1,11 +1,11 @@
-"""`clipgap status` and `clipgap doctor`: read, never write; safe beside a running job."""
+"""`clipgap status`: reads, never writes; safe beside a running job."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from clipgap_ray import environment, rundir, store
-from clipgap_ray.config.study import DoctorSettings, StatusSettings
+from clipgap_ray import rundir, store
+from clipgap_ray.config.study import StatusSettings
 from clipgap_ray.errors import DataError
 
 
@@ -46,9 +46,3 @@ def _stage(uri: str) -> dict[str, Any]:
         "rows": summary.kept,
         "dropped": summary.dropped,
     }
-
-
-def doctor(settings: DoctorSettings) -> dict[str, Any]:
-    """Return a description of the environment; exit code 1 when something is wrong."""
-    report = environment.describe()
-    return {**report, "exit_code": 1 if report["problems"] else 0}

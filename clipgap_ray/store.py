@@ -2,6 +2,14 @@
 
 Locally a write is a temporary file, fsync and rename; object stores make a PUT visible at once, so there it is
 one PUT. Nothing here knows stages: see `rundir` for commits, leases and manifests.
+
+How an S3 store is reached is one value, `StorageOptions`: the driver configures it, work carries it, a worker
+configures it before its first read. What is not set is what s3fs and botocore read for themselves: AWS_ENDPOINT_URL,
+AWS_PROFILE, FSSPEC_S3_ANON, the credentials of the machine. Credentials never travel. Rejected: environment variables
+through Ray's runtime_env (a cluster that runs already ignores them, and a job that sets one itself is refused).
+
+Every read, listing and write of a remote file is tried several times here, whatever the file system below does for
+itself: s3fs repeats a request that failed, but gives up on some errors of HTTP servers that pass by.
 """
 
 from __future__ import annotations
@@ -12,23 +20,121 @@ import io
 import json
 import os
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipgap_ray.errors import DataError
+from clipgap_ray.errors import DataError, StorageError
+
+T = TypeVar("T")
+
+ATTEMPTS = 6
+FIRST_PAUSE_S = 0.2  # doubled after every attempt: six attempts bridge about six seconds
+
+
+@dataclass(frozen=True)
+class StorageOptions:
+    """How S3 stores are reached; empty fields leave it to s3fs and botocore.
+
+    Attributes:
+        endpoint_url: Address of an S3 server other than AWS.
+        anonymous: Do not sign requests: public buckets without an account.
+        profile: A profile of the machine's AWS configuration.
+    """
+
+    endpoint_url: str = ""
+    anonymous: bool = False
+    profile: str = ""
+
+    def for_s3fs(self) -> dict[str, Any]:
+        """Return s3fs's keyword arguments."""
+        words: dict[str, Any] = {}
+        if self.endpoint_url:
+            words["endpoint_url"] = self.endpoint_url
+        if self.anonymous:
+            words["anon"] = True
+        if self.profile:
+            words["profile"] = self.profile
+        # Other drivers and workers write too: a cached listing would be a lie. botocore's own retries are off, since
+        # three layers of them multiply: an address where nobody listens took minutes to be an error.
+        return {**words, "use_listings_cache": False, "config_kwargs": {"retries": {"total_max_attempts": 1}}}
+
+
+_options = StorageOptions()
+
+
+def configure(options: StorageOptions) -> None:
+    """Set how this process reaches S3 stores from now on; workers are given the driver's options with their work."""
+    global _options
+    _options = options
+
+
+def options() -> StorageOptions:
+    """Return how this process reaches S3 stores."""
+    return _options
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the file system of a URI and the path inside it; a plain path is local."""
-    fs, path = fsspec.core.url_to_fs(uri)
+    words = _options.for_s3fs() if uri.startswith(("s3://", "s3a://")) else {}
+    fs, path = fsspec.core.url_to_fs(uri, **words)
     return fs, path
+
+
+def patiently(uri: str, call: Callable[[], T]) -> T:
+    """Call something that talks to the store of a URI, again when the network or the server fails.
+
+    Args:
+        uri: What it is about; calls on local files are made once.
+        call: Must be safe to repeat.
+
+    Raises:
+        FileNotFoundError: As it comes: that is an answer.
+        StorageError: If access is refused, or the last of `ATTEMPTS` attempts failed.
+    """
+    if is_local(uri):
+        return call()
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except FileNotFoundError:
+            raise
+        except PermissionError as error:
+            hint = "check the credentials of this machine, --profile, or --anonymous for a public bucket"
+            raise StorageError(f"{uri}: access refused: {error}", hint) from None
+        except _passing_errors() as error:
+            if attempt == ATTEMPTS - 1:
+                raise StorageError(
+                    f"{uri}: {type(error).__name__} after {ATTEMPTS} attempts: {error}",
+                    hint="check the address and --endpoint-url; running the same command again continues",
+                ) from error
+            time.sleep(FIRST_PAUSE_S * 2**attempt)
+        except _account_errors() as error:
+            hint = "configure credentials, name a --profile, or use --anonymous for a public bucket"
+            raise StorageError(f"{uri}: {error}", hint) from None
+    raise AssertionError("unreachable")
+
+
+def _passing_errors() -> tuple[type[Exception], ...]:
+    """Errors of a network or a busy server. Imported when something failed: local runs never load botocore."""
+    import aiohttp
+    import botocore.exceptions as boto
+
+    return OSError, aiohttp.ClientError, boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError
+
+
+def _account_errors() -> tuple[type[Exception], ...]:
+    import botocore.exceptions as boto
+
+    return boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound
 
 
 def is_local(uri: str) -> bool:
@@ -44,14 +150,40 @@ def join(uri: str, *names: str) -> str:
 def exists(uri: str) -> bool:
     """Tell whether a file or folder exists."""
     fs, path = filesystem(uri)
-    return bool(fs.exists(path))
+    if is_local(uri):
+        return bool(fs.exists(path))
+    try:
+        patiently(uri, lambda: fs.info(path))  # `exists` of s3fs takes a server's failure for an absent file
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def size(uri: str) -> int:
+    """Return the bytes of a file.
+
+    Raises:
+        DataError: If the file is missing.
+    """
+    fs, path = filesystem(uri)
+    try:
+        return int(patiently(uri, lambda: fs.size(path)))
+    except FileNotFoundError:
+        raise DataError(f"{uri} does not exist") from None
+
+
+def remove(uri: str) -> None:
+    """Remove a file; one that is gone already is no error."""
+    fs, path = filesystem(uri)
+    with contextlib.suppress(FileNotFoundError):
+        patiently(uri, lambda: fs.rm_file(path))
 
 
 def list_names(uri: str) -> list[str]:
     """Return the sorted base names in a folder; empty when the folder is missing."""
     fs, path = filesystem(uri)
     try:
-        entries = fs.ls(path, detail=False, refresh=True) if not is_local(uri) else fs.ls(path, detail=False)
+        entries = patiently(uri, lambda: fs.ls(path, detail=False))
     except FileNotFoundError:
         return []
     return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
@@ -64,18 +196,25 @@ def read_bytes(uri: str, offset: int = 0, size: int | None = None) -> bytes:
         DataError: If the file is missing.
     """
     fs, path = filesystem(uri)
+    start, end = (offset or None, None) if size is None else (offset, offset + size)
+
+    def read() -> bytes:
+        data = bytes(fs.cat_file(path, start=start, end=end))
+        if size is not None and len(data) > size:  # a server that ignores ranges sends the whole file
+            raise StorageError(f"{uri}: asked for {size} bytes from {offset}, received {len(data)}")
+        return data
+
     try:
-        data = fs.cat_file(path, start=offset or None, end=None if size is None else offset + size)
+        return patiently(uri, read)
     except FileNotFoundError:
         raise DataError(f"{uri} does not exist") from None
-    return bytes(data)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file so that it is whole or absent: temporary + rename locally, one PUT on object stores."""
     fs, path = filesystem(uri)
     if not is_local(uri):
-        fs.pipe_file(path, data)
+        patiently(uri, lambda: fs.pipe_file(path, data))
         return
     with atomic_file(uri) as file:
         file.write(data)
@@ -93,7 +232,7 @@ def atomic_file(uri: str) -> Iterator[IO[bytes]]:
         with tempfile.NamedTemporaryFile(prefix="clipgap-upload-") as spool:
             yield spool
             spool.flush()
-            fs.put_file(spool.name, path)
+            patiently(uri, lambda: fs.put_file(spool.name, path))
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -163,10 +302,34 @@ def write_table(uri: str, table: pa.Table) -> None:
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
     """Read a parquet file, or some of its columns."""
     fs, path = filesystem(uri)
-    try:
+
+    def read() -> pa.Table:
         with fs.open(path, "rb") as file:
             return pq.read_table(file, columns=columns)
+
+    try:
+        return patiently(uri, read)
     except FileNotFoundError:
         raise DataError(f"{uri} does not exist") from None
     except pa.ArrowInvalid as error:
         raise DataError(f"{uri} is not parquet with columns {columns}: {error}") from None
+
+
+def num_table_rows(uri: str) -> int:
+    """Return the rows of a parquet file, reading only its footer; 0 when it is none.
+
+    Raises:
+        DataError: If the file is missing.
+    """
+    fs, path = filesystem(uri)
+
+    def read() -> int:
+        with fs.open(path, "rb") as file:
+            return int(pq.read_metadata(file).num_rows)
+
+    try:
+        return patiently(uri, read)
+    except FileNotFoundError:
+        raise DataError(f"{uri} does not exist") from None
+    except pa.ArrowInvalid:
+        return 0

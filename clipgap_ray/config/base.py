@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import pydantic
+import tyro
 import yaml
 
 from clipgap_ray import store
@@ -51,6 +52,25 @@ class Settings(pydantic.BaseModel):
             return cls.model_validate(dict(values))
         except pydantic.ValidationError as error:
             raise explain(error, cls, where) from None
+
+
+class StorageSettings(Settings):
+    """How S3 stores are reached; what is left out is what s3fs and botocore read (AWS_ENDPOINT_URL, AWS_PROFILE)."""
+
+    endpoint_url: str = ""
+    """Address of an S3 server other than AWS, for example http://minio:9000."""
+    anonymous: bool = False
+    """Do not sign requests: public buckets without an account."""
+    profile: str = ""
+    """Profile of the AWS configuration; every node needs it."""
+
+    def options(self) -> store.StorageOptions:
+        """Return the same as `store` wants it."""
+        return store.StorageOptions(self.endpoint_url, self.anonymous, self.profile)
+
+
+# Flags without a prefix (`--endpoint-url`), in a group of their own at the end of `--help`.
+Storage = Annotated[StorageSettings, Operational(), tyro.conf.arg(name="")]
 
 
 def explain(error: pydantic.ValidationError, settings: type[pydantic.BaseModel], where: str) -> ConfigError:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import pydantic
 import tyro
 
-from clipgap_ray.config.base import Operational, Settings
+from clipgap_ray.config.base import Operational, Settings, Storage, StorageSettings
 from clipgap_ray.embeddings import parse_part_range
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -23,9 +23,10 @@ class EmbedSettings(Settings):
     out: str
     """Folder of embeddings to write; running again continues it."""
     model: str
-    """open_clip model name, `hf-hub:org/name`, `local-dir:path`, or `projection` (deterministic, no weights)."""
+    """open_clip model name, `hf-hub:org/name`, `local-dir:path`, `timm:NAME` (images only), or `projection`
+    (deterministic, no weights); also clip-retrieval's `ViT-B/32` and `open_clip:NAME/TAG`, and `NAME,TAG`."""
     pretrained: str = ""
-    """Tag of open_clip, checkpoint file, or run directory of `clipgap train`."""
+    """Tag of open_clip, checkpoint file (timm: always a file), or run directory of `clipgap train`."""
     text: bool = True
     """Embed captions too; `--no-text` leaves them out."""
     crop_border: int = 0
@@ -34,6 +35,9 @@ class EmbedSettings(Settings):
     """Rows per forward pass. Part of the encoder's fingerprint: the last bits of an embedding depend on it."""
     precision: Precision = "auto"
     """Autocast on GPUs: auto is fp16 there and fp32 on CPUs."""
+    blocklist: str = ""
+    """Takedown list: leave out every sample whose uid, sha256 or url it names (one per line, # comments; or .npy of
+    uids). Outputs record its digest, not its entries."""
     shards: str | None = None
     """Only the shards FIRST:END of the source, for a trial; marked in the manifest."""
     sample: pydantic.PositiveFloat = 1.0
@@ -46,6 +50,10 @@ class EmbedSettings(Settings):
     """torch threads per encoder; part of the fingerprint."""
     max_skip_fraction: Annotated[float, Operational()] = 0.01
     """Exit with code 3 when a larger share of the samples had to be skipped."""
+    yes: Annotated[bool, Operational()] = False
+    """Embed on CPUs even if that is predicted to take more than two hours."""
+    storage: Storage = StorageSettings()
+    """How S3 stores are reached."""
 
     @pydantic.field_validator("shards")
     @classmethod

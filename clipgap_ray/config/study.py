@@ -9,7 +9,7 @@ import tyro
 
 from clipgap_ray import schema
 from clipgap_ray.config import split as split_config
-from clipgap_ray.config.base import Operational, Settings
+from clipgap_ray.config.base import Operational, Settings, Storage, StorageSettings
 from clipgap_ray.errors import ConfigError
 
 KINDS: dict[str, type[split_config.SplitSettings]] = {
@@ -173,7 +173,17 @@ class StatusSettings(Settings):
 
 
 class DoctorSettings(Settings):
-    """Check this environment: versions, the one FAISS, torch beside torchvision, CPUs, GPUs, memory."""
+    """Check this environment (versions, the one FAISS, torch beside torchvision, CPUs, GPUs, memory), or look into a
+    source before hours are spent on it: suffixes, captions, fields, uids, broken images, estimated rows."""
+
+    source: tyro.conf.Positional[str] = ""
+    """A source as `clipgap embed` takes it; left out: check the environment."""
+    first: pydantic.PositiveInt = 2
+    """Shards to look into."""
+    samples: pydantic.PositiveInt = 1000
+    """Samples to look at in each of them."""
+    storage: Storage = StorageSettings()
+    """How S3 stores are reached."""
 
 
 class DemoSettings(Settings):

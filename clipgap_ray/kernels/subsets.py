@@ -8,6 +8,8 @@ Rejected: a Python set (59 bytes per id measured in the paper's code, 11 GB per 
 
 from __future__ import annotations
 
+import bisect
+
 import numpy as np
 
 from clipgap_ray.schema import UID, sort_uids
@@ -57,6 +59,17 @@ def find(subset: np.ndarray, uids: np.ndarray) -> np.ndarray:
 def contains(subset: np.ndarray, uids: np.ndarray) -> np.ndarray:
     """Return the (n,) bool mask of (n,) `UID` that are in a (u,) sorted, unique subset."""
     return find(subset, uids) >= 0
+
+
+def contains_one(subset: np.ndarray, high: int, low: int) -> bool:
+    """Tell whether one uid, given as its two words, is in a (u,) sorted, unique subset: for streams of samples.
+
+    By bisection, since `np.searchsorted` copies the column of first words, a strided view, at every call.
+    """
+    words = subset["f0"]
+    first = bisect.bisect_left(words, high)
+    end = bisect.bisect_right(words, high, lo=first)
+    return bool((subset["f1"][first:end] == low).any())
 
 
 def lower_bound(subset: np.ndarray, uids: np.ndarray) -> np.ndarray:

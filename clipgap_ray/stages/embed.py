@@ -13,22 +13,21 @@ Unit of restart: the shard. Actors: one per GPU, or one per core. On failure: ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.data.block import BlockMetadata
-from ray.data.datasource import Datasource, ReadTask
 
-from clipgap_ray import embeddings, rundir, schema, store, testsets
+from clipgap_ray import blocklist, embeddings, rundir, schema, store, testsets
 from clipgap_ray.config.embed import EmbedSettings
-from clipgap_ray.encoder import EncoderSettings, ImageError, Preprocess, check
-from clipgap_ray.errors import ConfigError
-from clipgap_ray.shards import Sample, Skip, read_shard
+from clipgap_ray.encoder import Encoder, EncoderSettings, check
+from clipgap_ray.errors import ClipgapError, ConfigError
+from clipgap_ray.shards import estimate_rows
 from clipgap_ray.sources import Shard, list_shards
+from clipgap_ray.stages import budget
+from clipgap_ray.stages.embed_read import ReadPlan, ShardDatasource, from_stream, read_chunks
 from clipgap_ray.stages.session import Progress, connect, logger, physical_cpus, resolve_device
 
 WINDOW_SHARDS = 4096  # shards per Ray Data execution: bounds the driver's plan at 41,408 shards
@@ -37,44 +36,46 @@ READ_CPUS = 0.5
 ENCODE_CPUS = 0.5
 
 
-@dataclass(frozen=True)
-class ReadPlan:
-    """What a read task needs besides its shard."""
-
-    preprocess: Preprocess
-    batch_size: int
-    sample: float
-    test_set: testsets.TestSet | None
-
-
 def run(settings: EmbedSettings) -> rundir.Summary:
     """Embed a source. Running again continues; new shards at the source are added.
 
     Raises:
         ConfigError: On an impossible setting, before any work.
+        BudgetError: If it would run on CPUs for more than two hours and `yes` is not set.
         StaleOutputError: If `out` was written with other settings.
     """
+    store.configure(settings.storage.options())
     test_set = testsets.open_test_set(settings.source) if testsets.is_test_set(settings.source) else None
     shards = list(test_set.shards) if test_set else list_shards(settings.source)
     bounds = embeddings.parse_part_range(settings.shards)
     shards = shards[slice(*bounds)] if bounds else shards
     if not shards:
         raise ConfigError(f"--shards {settings.shards} selects none of the source's shards")
+    blocked = blocklist.read(settings.blocklist) if settings.blocklist else None
     encoder_settings = EncoderSettings(settings.model, settings.pretrained, crop_border=settings.crop_border)
     preprocess = check(encoder_settings)
+    if settings.text and not encoder_settings.has_text:
+        logger.info("embed: %s embeds images only; captions are kept, text rows left out", encoder_settings.model)
+        settings = settings.model_copy(update={"text": False})
     connect()
     encoder_settings = _resolve(encoder_settings, settings)
-    fingerprint = encoder_settings.build().fingerprint
-    guarded = {**settings.fingerprint(), "encoder": embeddings.identity(fingerprint)}
+    encoder = encoder_settings.build()
+    fingerprint = encoder.fingerprint
+    _check_budget(encoder, encoder_settings, settings, shards)
+    guarded = {**settings.fingerprint(), "model": encoder_settings.model, "encoder": embeddings.identity(fingerprint)}
     # Appending shards is not a change of settings, moving weights to another path neither.
-    for name in ("out", "shards", "pretrained"):
+    for name in ("out", "shards", "pretrained", "blocklist"):
         guarded.pop(name)
+    if blocked is not None:
+        guarded["blocklist"] = blocked.describe()
     with rundir.RunDirectory(settings.out, "embed", guarded) as directory:
         parts = rundir.assign_parts(directory.uri, [shard.name for shard in shards])
         store.write_json(directory.path("encoder.json"), fingerprint)
         todo = [(parts[shard.name], shard) for shard in shards if parts[shard.name] not in directory.log.records]
         _announce(settings, encoder_settings, len(shards), len(todo))
-        plan = ReadPlan(preprocess, settings.batch_size, settings.sample, test_set)
+        plan = ReadPlan(
+            preprocess, settings.batch_size, settings.sample, test_set, blocked and ray.put(blocked), store.options()
+        )
         _embed(directory, todo, plan, encoder_settings, settings, len(shards), fingerprint["dim"])
         return directory.finish(
             {
@@ -85,6 +86,7 @@ def run(settings: EmbedSettings) -> rundir.Summary:
                 "class_names": list(test_set.class_names) if test_set else [],
                 "templates": list(test_set.templates) if test_set else [],
                 "text": settings.text,
+                "blocklist": blocked and blocked.describe(),
                 "partial": {"shards": settings.shards, "sample": settings.sample},
             },
         )
@@ -98,6 +100,24 @@ def _resolve(encoder: EncoderSettings, settings: EmbedSettings) -> EncoderSettin
     return EncoderSettings(
         encoder.model, encoder.pretrained, device, precision, settings.batch_size, settings.threads, encoder.crop_border
     )
+
+
+def _check_budget(
+    encoder: Encoder, encoder_settings: EncoderSettings, settings: EmbedSettings, shards: list[Shard]
+) -> None:
+    """Say what a run on CPUs will take, before anything is written; hours need --yes."""
+    if encoder_settings.device != "cpu":
+        return
+    done = {record["shard"] for record in rundir.CommitLog(settings.out).records.values()}
+    left = [shard for shard in shards if shard.name not in done]
+    if not left:
+        return
+    rows = round(estimate_rows(left[0]) * len(left) * min(settings.sample, 1.0))
+    cores = physical_cpus()
+    actors = max(1.0, min(settings.workers or cores, cores / settings.threads))
+    predicted = budget.forecast(encoder, rows, actors, settings.text)
+    logger.info("embed on cpu: %s", predicted)
+    budget.check(predicted, settings.yes)
 
 
 def _announce(settings: EmbedSettings, encoder: EncoderSettings, num_shards: int, todo: int) -> None:
@@ -155,116 +175,11 @@ def _chunks(
         num_cpus=ENCODE_CPUS,
         num_gpus=gpus,
     )
-    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-        yield from table.to_pylist()
-
-
-class ShardDatasource(Datasource):
-    """One read task per shard; each yields chunks of decoded samples."""
-
-    def __init__(self, shards: list[tuple[int, Shard]], plan: ReadPlan) -> None:
-        super().__init__()
-        self._shards = shards
-        self._plan = plan
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown before reading."""
-        return None
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
-        """Return one task per shard, whatever the parallelism asked for."""
-        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(_reader(part, shard, self._plan), unknown) for part, shard in self._shards]
-
-
-def _reader(part: int, shard: Shard, plan: ReadPlan) -> Callable[[], Iterator[pa.Table]]:
-    return lambda: read_chunks(part, shard, plan)
-
-
-CHUNK = pa.schema(
-    [
-        ("part", pa.int64()),
-        ("chunk", pa.int32()),
-        ("last", pa.bool_()),
-        ("pixels", pa.large_binary()),  # (n, size, size, 3) uint8
-        ("metadata", pa.large_binary()),  # Arrow stream of schema.METADATA without row_id
-        ("ledger", pa.large_binary()),  # Arrow stream of schema.LEDGER
-    ]
-)
-
-
-def read_chunks(part: int, shard: Shard, plan: ReadPlan) -> Iterator[pa.Table]:
-    """Read and decode one shard into rows of `CHUNK`; the last chunk is marked and may be empty."""
-    rows: list[Any] = []
-    pixels: list[Any] = []
-    ledger: list[Any] = []
-    number = 0
-
-    def flush(last: bool) -> pa.Table:
-        nonlocal number
-        stacked = np.stack(pixels) if pixels else np.zeros((0, 1, 1, 3), np.uint8)
-        row = {
-            "part": part,
-            "chunk": number,
-            "last": last,
-            "pixels": stacked.tobytes(),
-            "metadata": _to_stream(pa.Table.from_pylist(rows, schema=schema.METADATA)),
-            "ledger": _to_stream(pa.Table.from_pylist(ledger, schema=schema.LEDGER)),
-        }
-        number += 1
-        for buffer in (rows, pixels, ledger):
-            buffer.clear()
-        return pa.Table.from_pylist([row], schema=CHUNK)
-
-    def note(key: str, reason: str, detail: str, dropped: bool) -> None:
-        ledger.append({"shard": shard.name, "key": key, "reason": reason, "detail": detail, "dropped": dropped})
-
-    for item in plan.test_set.read(shard) if plan.test_set else read_shard(shard):
-        if isinstance(item, Skip):
-            note(item.key, item.reason, item.detail, item.is_sample)
-            continue
-        if not sampled(item.uid, plan.sample):
-            note(item.key, "not_sampled", "", True)
-            continue
-        try:
-            decoded = plan.preprocess.decode(item.image)
-        except ImageError as error:
-            note(item.key, error.reason, str(error), True)
-            continue
-        for reason in item.notes:
-            note(item.key, reason, "", False)
-        pixels.append(decoded)
-        rows.append(_metadata_row(item, shard))
-        if len(rows) == plan.batch_size:
-            yield flush(last=False)
-    yield flush(last=True)
-
-
-def sampled(uid: str, share: float) -> bool:
-    """Tell whether a uid is in the sample: the same rows at any share, a larger share keeps those of a smaller."""
-    return share >= 1 or int(uid[:8], 16) < share * 2**32
-
-
-def _metadata_row(sample: Sample, shard: Shard) -> dict[str, Any]:
-    fields = sample.fields
-    return {
-        "image_path": sample.key,
-        "caption": sample.caption,
-        "uid": sample.uid,
-        "row_id": None,
-        "shard": shard.name,
-        "url": sample.url,
-        "sha256": sample.sha256,
-        "image_offset": sample.offset,
-        "image_bytes": len(sample.image),
-        "width": fields["width"] if isinstance(fields.get("width"), int) else None,
-        "height": fields["height"] if isinstance(fields.get("height"), int) else None,
-        "label": sample.label,
-        "class_name": sample.class_name,
-        "group": sample.group,
-    }
+    try:
+        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+            yield from table.to_pylist()
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, ClipgapError) else error from None
 
 
 class Encode:
@@ -284,7 +199,7 @@ class Encode:
         row["images"] = self.encoder.encode_images(pixels).astype(np.float16).tobytes()
         row["texts"] = b""
         if self.text:
-            captions = _from_stream(row["metadata"]).column("caption").to_pylist()
+            captions = from_stream(row["metadata"]).column("caption").to_pylist()
             known = [i for i, caption in enumerate(captions) if caption]
             texts = np.zeros((len(captions), self.encoder.dim), np.float16)
             texts[known] = self.encoder.encode_texts([captions[i] for i in known])
@@ -293,8 +208,8 @@ class Encode:
 
 
 def _write(uri: str, part: int, shard: str, chunks: list[dict[str, Any]], dim: int) -> dict[str, Any]:
-    metadata = pa.concat_tables([_from_stream(chunk["metadata"]) for chunk in chunks])
-    ledger = pa.concat_tables([_from_stream(chunk["ledger"]) for chunk in chunks])
+    metadata = pa.concat_tables([from_stream(chunk["metadata"]) for chunk in chunks])
+    ledger = pa.concat_tables([from_stream(chunk["ledger"]) for chunk in chunks])
     images, texts = _rows(chunks, "images", dim), _rows(chunks, "texts", dim)
     row_ids = pa.array(schema.row_ids(part, metadata.num_rows))
     metadata = metadata.set_column(schema.METADATA.get_field_index("row_id"), "row_id", row_ids)
@@ -311,12 +226,4 @@ def _rows(chunks: list[dict[str, Any]], name: str, dim: int) -> np.ndarray:
     return np.frombuffer(b"".join(chunk[name] for chunk in chunks), np.float16).reshape(-1, dim)
 
 
-def _to_stream(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
-
-
-def _from_stream(data: bytes) -> pa.Table:
-    return pa.ipc.open_stream(data).read_all()
+__all__ = ["Encode", "ReadPlan", "read_chunks", "run"]

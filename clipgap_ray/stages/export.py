@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from clipgap_ray import idlists, rundir, schema, store
+from clipgap_ray import blocklist, idlists, rundir, schema, store
 from clipgap_ray.config.export import ExportSettings
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.kernels import subsets
@@ -81,16 +81,16 @@ def run(settings: ExportSettings) -> rundir.Summary:
     """
     shards = _tars(settings)
     split = idlists.read_subset(settings.split)
-    blocklist = idlists.read_blocklist(settings.blocklist) if settings.blocklist else None
+    blocked = blocklist.read(settings.blocklist) if settings.blocklist else None
     inputs = {
         "source": settings.source,
         "shards": store.digest([shard.name for shard in shards]),
         "split": store.sha256(store.read_bytes(settings.split)),
-        "blocklist": store.sha256(store.read_bytes(settings.blocklist)) if settings.blocklist else None,
+        "blocklist": blocked and blocked.describe(),
     }
     guarded = {**inputs, "shard_size": settings.shard_size, "write_uid": settings.write_uid}
     with rundir.RunDirectory(settings.out, "export", guarded) as directory:
-        records = _index(directory.path("index"), shards, split, blocklist, inputs, settings.workers)
+        records = _index(directory.path("index"), shards, split, blocked, inputs, settings.workers)
         places = Placement(directory.path("index"), shards, records, split)
         _announce(settings, places, records)
         _copy(directory, places.outputs(settings.shard_size), settings)
@@ -118,7 +118,7 @@ def _index(
     uri: str,
     shards: list[Shard],
     split: np.ndarray,
-    blocklist: idlists.Blocklist | None,
+    blocked: blocklist.Blocklist | None,
     inputs: dict[str, Any],
     workers: int,
 ) -> dict[int, dict[str, Any]]:
@@ -128,7 +128,7 @@ def _index(
         todo = [shard for shard in shards if parts[shard.name] not in directory.log.records]
         if todo:
             connect()
-            shared = ray.put((np.asarray(split), blocklist))  # one copy per node, read in place
+            shared = ray.put((np.asarray(split), blocked))  # one copy per node, read in place
             task = ray.remote(num_cpus=TASK_CPUS)(_index_shard)
             progress = Progress("export: index", len(shards), "shards", done=len(shards) - len(todo))
             submit = lambda shard: task.remote(directory.uri, parts[shard.name], shard, shared)  # noqa: E731
@@ -141,25 +141,24 @@ def _index(
 
 
 def _index_shard(
-    uri: str, part: int, shard: Shard, shared: tuple[np.ndarray, idlists.Blocklist | None]
+    uri: str, part: int, shard: Shard, shared: tuple[np.ndarray, blocklist.Blocklist | None]
 ) -> dict[str, Any]:
     """Write the index of one input tar; returns its commit record."""
-    split, blocklist = shared
-    wants_sha = blocklist is not None and len(blocklist.sha256) > 0
+    split, blocked = shared
+    wants_sha = blocked is not None and len(blocked.sha256) > 0
     samples: list[Sample] = []
-    hashes: list[str] = []
+    reasons: list[str] = []
     dropped: dict[str, int] = {}
     for item in read_shard(shard, images=wants_sha):
         if isinstance(item, Sample):
-            hashes.append(item.sha256 if wants_sha else "")
+            sha256 = item.sha256 if wants_sha else ""
+            reasons.append(blocked.reason(item.uid, sha256, item.url) if blocked else "")
             item.image = b""
             samples.append(item)
         elif item.is_sample:
             dropped[item.reason] = dropped.get(item.reason, 0) + 1
     uids = schema.pack_uids([sample.uid for sample in samples])
     positions = subsets.find(split, uids)
-    urls = [sample.url for sample in samples]
-    reasons = blocklist.reasons(uids, hashes, urls) if blocklist else [""] * len(samples)
     rows = [
         _index_row(sample, at, reason)
         for sample, at, reason in zip(samples, positions.tolist(), reasons, strict=True)
@@ -178,7 +177,7 @@ def _index_shard(
         "kept": kept,
         "dropped": dropped,
         "without_uid": sum(not row["has_uid"] and not row["reason"] for row in rows),
-        "bytes": _size(shard.uri),
+        "bytes": store.size(shard.uri),
         "files": {"samples": store.sha256(data)},
     }
 
@@ -198,11 +197,6 @@ def _index_row(sample: Sample, position: int, reason: str) -> dict[str, Any]:
 
 def _index_file(part: int) -> str:
     return f"samples/part-{part:05d}.parquet"
-
-
-def _size(uri: str) -> int:
-    fs, path = store.filesystem(uri)
-    return int(fs.size(path))
 
 
 # --- from counts to places -------------------------------------------------------------------------------
@@ -350,9 +344,9 @@ def _samples(
     exported = table.filter(pc.equal(table.column("reason"), ""))
     rows = exported.slice(piece.start, piece.stop - piece.start).to_pylist()
     fs, path = store.filesystem(piece.uri)
-    if fs.size(path) != piece.num_bytes:
+    if (size := store.size(piece.uri)) != piece.num_bytes:
         raise DataError(
-            f"{piece.uri} has {fs.size(path)} bytes, but had {piece.num_bytes} when it was indexed",
+            f"{piece.uri} has {size} bytes, but had {piece.num_bytes} when it was indexed",
             hint="the source changed meanwhile: export into another --out",
         )
     with fs.open(path, "rb") as file:

@@ -139,6 +139,7 @@ def _embed_all(out: str, data: Data, metric: tuple[str, str], device: str) -> No
                 model=metric[0],
                 pretrained=metric[1],
                 device=device,  # type: ignore[arg-type]
+                yes=True,  # whoever starts a whole study has agreed to its parts
             )
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import pytest
 from clipgap_ray import rundir, schema, store
 from clipgap_ray.config.embed import EmbedSettings
 from clipgap_ray.embeddings import EmbeddingSet
-from clipgap_ray.errors import ConfigError, StaleOutputError
+from clipgap_ray.errors import BudgetError, ConfigError, StaleOutputError
 from clipgap_ray.stages import embed
 from tests import made
 from tests.conftest import CLIP_SCORE_TOLERANCE, STORED_NORM_TOLERANCE
@@ -154,6 +155,49 @@ def test_a_sample_is_the_same_rows_at_any_share_and_marked(tiny_world: made.Worl
     assert 0 < len(uids[0.2]) < 30 < len(uids[0.6]) < 55
 
 
+def test_what_a_takedown_list_names_is_left_out_and_counted(
+    embedded: Embedded, tiny_world: made.World, tmp_path: Path
+) -> None:
+    source, out = tiny_world.path("pool", "00000.tar"), str(tmp_path / "emb")
+    rows = [row for row in embedded.pool.all_metadata().to_pylist() if row["shard"] == "00000.tar"]
+    by_uid, by_hash, by_url = rows[0], rows[5], next(row for row in rows[6:] if row["url"])
+    entries = [by_uid["uid"], by_hash["sha256"], by_url["url"]]
+    takedown = tmp_path / "takedown.txt"
+    takedown.write_text("# asked for by a person\n" + "\n".join(entries) + "\n")
+    summary = embed.run(settings(source, out, blocklist=str(takedown)))
+    gone = {row["image_path"] for row in rows if {row["uid"], row["sha256"], row["url"]} & set(entries)}
+    assert {by_uid["image_path"], by_hash["image_path"], by_url["image_path"]} <= gone
+    assert summary.dropped["blocklist"] == len(gone)
+    opened = EmbeddingSet.open(out)
+    assert opened.all_metadata(["image_path"]).column(0).to_pylist() == [
+        row["image_path"] for row in rows if row["image_path"] not in gone
+    ]
+    ledger = store.read_table(f"{out}/ledger/ledger_00000.parquet").to_pylist()
+    assert {row["key"] for row in ledger if row["reason"] == "blocklist" and row["dropped"]} == gone
+    described = opened.manifest["blocklist"]
+    assert (described["uids"], described["sha256"], described["urls"]) == (1, 1, 1)
+    for path in Path(out).rglob("*.json*"):
+        assert not any(entry in path.read_text() for entry in entries), path
+
+    takedown.write_text("\n".join(reversed(entries)))  # the same list in other words
+    assert embed.run(settings(source, out, blocklist=str(takedown))).parts_skipped == 1
+    takedown.write_text(entries[0])
+    with pytest.raises(StaleOutputError, match="blocklist was"):
+        embed.run(settings(source, out, blocklist=str(takedown)))
+
+
+def test_an_image_only_encoder_leaves_the_text_rows_out(tiny_world: made.World, tmp_path: Path) -> None:
+    out = str(tmp_path / "emb")
+    words = {"model": "timm:test_vit.r160_in1k", "pretrained": "random"}
+    summary = embed.run(settings(tiny_world.path("pool", "00000.tar"), out, **words))
+    opened = EmbeddingSet.open(out)
+    assert (opened.num_rows, opened.dim) == (summary.kept, 64)
+    assert opened.manifest["text"] is False
+    assert not Path(out, "text_emb").exists()
+    meta = opened.all_metadata(["caption", "clip_score"])
+    assert meta.column("caption").null_count < opened.num_rows == meta.column("clip_score").null_count
+
+
 def test_a_labelled_set_keeps_its_classes(
     tiny_world: made.World, tiny_embeddings: dict[str, str], tmp_path: Path
 ) -> None:
@@ -169,6 +213,20 @@ def test_a_labelled_set_keeps_its_classes(
         )
         assert row["caption"] == f"a photo of a {row['class_name']}."
     assert opened.manifest["class_names"][0] == truth[min(truth, key=lambda k: truth[k]["label"])]["class_name"]
+
+
+def test_hours_on_cpus_are_refused_before_any_output(
+    tiny_world: made.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, out = tiny_world.path("pool"), str(tmp_path / "emb")
+    monkeypatch.setattr(embed.budget, "LIMIT_S", 0.0)
+    with pytest.raises(BudgetError, match=r"about 660 rows at .* images/s: ETA \d+ s; more than 0 s needs --yes"):
+        embed.run(settings(source, out))
+    assert not Path(out).exists()
+    with caplog.at_level(logging.INFO, logger="clipgap"):
+        assert embed.run(settings(source, out, yes=True, shards="0:1")).parts == 1
+    assert any("embed on cpu: about 60 rows at" in line for line in caplog.messages)
+    assert embed.run(settings(source, out, shards="0:1")).parts_skipped == 1  # nothing left, nothing to agree to
 
 
 def test_impossible_settings_end_before_any_output(tiny_world: made.World, tmp_path: Path) -> None:

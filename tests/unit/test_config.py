@@ -38,7 +38,7 @@ def test_every_field_has_its_help_text(settings: type[Settings]) -> None:
     ("values", "words"),
     [
         ({**EMBED, "modle": "x"}, ["study.yaml: embed: unknown setting 'modle'", "did you mean 'model'?"]),
-        ({**EMBED, "zzz": "x"}, ["unknown setting 'zzz'", "known keys: batch_size, crop_border"]),
+        ({**EMBED, "zzz": "x"}, ["unknown setting 'zzz'", "known keys: batch_size, blocklist, crop_border"]),
         ({"source": "pool", "out": "emb"}, ["setting 'model' is required"]),
         ({**EMBED, "batch_size": 0}, ["batch_size is 0", "greater than 0"]),
         ({**EMBED, "device": "tpu"}, ["device is 'tpu'", "'cuda'"]),

@@ -212,7 +212,7 @@ def test_what_cannot_be_decoded_has_a_reason(data: bytes, reason: str) -> None:
 
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded("L", 40, 40, "PNG")
-    monkeypatch.setattr("clipgap_ray.encoder.MAX_IMAGE_PIXELS", 1_599)
+    monkeypatch.setattr("clipgap_ray.pixels.MAX_IMAGE_PIXELS", 1_599)
     monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("unpacked"))
     with pytest.raises(ImageError) as error:
         Preprocess(64).decode(data)
@@ -230,3 +230,34 @@ def test_the_border_is_cut_first() -> None:
 def test_our_models_are_known_after_registering() -> None:
     register_models()
     assert {"conv-64", "conv-64-test"} <= set(open_clip.list_models())
+
+
+# --- spellings -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "expected"),
+    [
+        ("ViT-B/32", "", ("ViT-B-32-quickgelu", "openai")),
+        ("ViT-B/32", "openai", ("ViT-B-32-quickgelu", "openai")),
+        ("ViT-L/14@336px", "", ("ViT-L-14-336-quickgelu", "openai")),
+        ("ViT-B/32", "laion2b_s34b_b79k", ("ViT-B-32", "laion2b_s34b_b79k")),
+        ("open_clip:ViT-B-32/laion2b_s34b_b79k", "", ("ViT-B-32", "laion2b_s34b_b79k")),
+        ("open_clip:ViT-B-32", "laion2b_s34b_b79k", ("ViT-B-32", "laion2b_s34b_b79k")),
+        ("ViT-B-32-quickgelu,laion400m_e32", "", ("ViT-B-32-quickgelu", "laion400m_e32")),
+        ("hf_clip:org/name", "", ("hf-hub:org/name", "")),
+        ("conv-64-test", "random", ("conv-64-test", "random")),
+    ],
+)
+@pytest.mark.usefixtures("_offline")
+def test_other_tools_spellings_mean_the_same_model(model: str, pretrained: str, expected: tuple[str, str]) -> None:
+    settings = EncoderSettings(model, pretrained)
+    assert (settings.model, settings.pretrained) == expected
+    assert EncoderSettings(*expected) == settings
+    if not model.startswith("hf_clip"):
+        check(settings)  # a model and a tag that open_clip knows, with the right activation
+
+
+def test_two_tags_are_refused() -> None:
+    with pytest.raises(ConfigError, match="names the weights 'openai', --pretrained 'laion2b_s34b_b79k'"):
+        EncoderSettings("ViT-B-32,openai", "laion2b_s34b_b79k")

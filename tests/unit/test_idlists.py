@@ -1,4 +1,4 @@
-"""Lists of identities: what their entries are, how they are packed, what a blocklist blocks."""
+"""Lists of identities: what their entries are, how they are packed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from clipgap_ray import idlists, schema, store
-from clipgap_ray.errors import ConfigError, DataError
+from clipgap_ray.errors import DataError
 
 UIDS = [f"{n:032x}" for n in (7, 3, 2**64 + 1, 3)]
 
@@ -77,19 +77,3 @@ def test_integers_and_texts_do_not_meet() -> None:
     assert idlists.pack(["000000005"], "integer") == idlists.pack_integers(np.array([5]))
     unequal = [idlists.pack(["x"], "integer"), idlists.pack_integers(np.array([5])), idlists.pack(["5"], "key")]
     assert len({schema.unpack_uids(ids)[0] for ids in unequal}) == 3
-
-
-def test_a_blocklist_of_all_three(tmp_path: Path) -> None:
-    sha = "AB" * 32
-    text = f"# takedowns\n{UIDS[0].upper()}\n\n{sha}\nhttps://x/a.jpg\n"
-    blocked = idlists.read_blocklist(write(tmp_path / "b.txt", text))
-    uids = schema.pack_uids([UIDS[0], UIDS[1], UIDS[1], UIDS[1], UIDS[0]])
-    shas, urls = ["", sha.lower(), "c" * 64, "", sha.lower()], [None, None, "https://x/a.jpg", "https://x/b.jpg", None]
-    assert blocked.reasons(uids, shas, urls) == ["blocked_uid", "blocked_sha256", "blocked_url", "", "blocked_uid"]
-    by_array = idlists.read_blocklist(write(tmp_path / "b.npy", schema.pack_uids(UIDS)))
-    assert by_array.reasons(uids, shas, urls) == ["blocked_uid"] * 5
-
-
-def test_a_line_that_blocks_nothing_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"b.txt line 2: 'abc' is no uid"):
-        idlists.read_blocklist(write(tmp_path / "b.txt", f"{UIDS[0]}\nabc\n"))

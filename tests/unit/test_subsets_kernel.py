@@ -67,7 +67,9 @@ def test_find_gives_the_position(a: list[tuple[int, int]], looked_up: list[tuple
     subset = subsets.sorted_unique(words(a))
     places = {pair: at for at, pair in enumerate(sorted(set(a)))}
     assert subsets.find(subset, words(looked_up)).tolist() == [places.get(pair, -1) for pair in looked_up]
-    assert subsets.contains(subset, words(looked_up)).tolist() == [pair in places for pair in looked_up]
+    there = [pair in places for pair in looked_up]
+    assert subsets.contains(subset, words(looked_up)).tolist() == there
+    assert [subsets.contains_one(subset, *pair) for pair in looked_up] == there
 
 
 def test_many_uids_of_one_first_word_are_halved_not_walked() -> None:

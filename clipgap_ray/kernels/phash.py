@@ -1,0 +1,55 @@
+"""Perceptual hashes: 64 bits that survive resizing and recompression, of a picture and of its mirror image.
+
+pHash as commonly defined (Zauner 2010; the `phash` of imagehash): the picture as 32 x 32 grey values, its
+two-dimensional DCT-II, of that the 8 x 8 lowest frequencies; a bit says whether a coefficient is above their median.
+Bits are numbered row by row from the top left, the first is the most significant. Near-copies differ in a few of the
+64 bits, unrelated pictures in about half of them.
+
+The mirror image needs no second transform: mirroring negates the coefficients of odd horizontal frequency.
+
+Cost: 2 * 8 * 32 * 32 multiplications and two medians of 64 per picture, 4 microseconds in batches of 128 (one core);
+shrinking the decoded picture to 32 x 32 (`pixels.grey_thumbnail`) costs more than all of this.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+SIDE = 32
+LOW = 8
+# A coefficient that should be zero (of a flat or symmetric picture) is rounding noise, whose sign differs between
+# machines; real ones are in the tens and thousands.
+_DECIMALS = 3
+
+
+def perceptual_hashes(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the hashes of pictures and of their mirror images.
+
+    Args:
+        grey: (n, 32, 32) uint8 or float grey values, row by row; n may be 0.
+
+    Returns:
+        (n,) int64 and (n,) int64: the 64 bits as signed integers, so that parquet and numpy agree. The number of bits
+        in which two differ is `np.bitwise_count(a ^ b)` after `.view(np.uint64)`.
+
+    Raises:
+        ValueError: If the pictures are not 32 x 32.
+    """
+    if grey.ndim != 3 or grey.shape[1:] != (SIDE, SIDE):
+        raise ValueError(f"pictures of shape {grey.shape}, expected (n, {SIDE}, {SIDE})")
+    basis = _basis()
+    low = np.round(basis @ grey.astype(np.float64) @ basis.T, _DECIMALS)
+    mirrored = low * np.where(np.arange(LOW) % 2, -1.0, 1.0)
+    return _bits(low), _bits(mirrored)
+
+
+def _basis() -> np.ndarray:
+    """(8, 32) float64: the lowest rows of an unnormalised DCT-II."""
+    positions = (np.arange(SIDE) + 0.5) * np.pi / SIDE
+    return np.cos(np.arange(LOW)[:, None] * positions)
+
+
+def _bits(low: np.ndarray) -> np.ndarray:
+    flat = low.reshape(len(low), LOW * LOW)
+    above = flat > np.median(flat, axis=1, keepdims=True) if len(flat) else np.zeros((0, LOW * LOW), bool)
+    return np.packbits(above, axis=1).view(">u8").reshape(-1).astype(np.uint64).view(np.int64)

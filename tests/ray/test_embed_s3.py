@@ -1,0 +1,102 @@
+"""Embed from an S3 server that fails to one: the bytes of a local run; settings reach the workers; resume."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clipgap_ray import rundir, store
+from clipgap_ray.config.base import StorageSettings
+from clipgap_ray.config.embed import EmbedSettings
+from clipgap_ray.embeddings import EmbeddingSet
+from clipgap_ray.stages import embed
+from tests import made, s3_server
+from tests.ray.test_kill_resume import drive  # noqa: F401  a fixture
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+KINDS = ("img_emb", "text_emb", "metadata", "ledger")
+
+
+@pytest.fixture
+def s3(tiny_world: made.World) -> Iterator[s3_server.S3Server]:
+    """The world's pool on a server. Neither driver nor workers have credentials: only --anonymous gets through."""
+    before = store.options()
+    with s3_server.running() as server:
+        for path in sorted(Path(tiny_world.path("pool")).glob("*.tar")):
+            server.put("bucket", f"pool/{path.name}", path.read_bytes())
+        yield server
+    store.configure(before)
+
+
+def settings(s3: s3_server.S3Server, **more: Any) -> EmbedSettings:
+    words = {"source": "s3://bucket/pool", "out": "s3://bucket/emb", "model": "projection"}
+    storage = StorageSettings(endpoint_url=s3.url, anonymous=True)
+    return EmbedSettings(**{**words, "batch_size": made.BATCH_SIZE, "storage": storage, **more})
+
+
+def check_equal(s3: s3_server.S3Server, local: str) -> None:
+    for kind in KINDS:
+        assert s3.objects("bucket", f"emb/{kind}/") == made.files_below(f"{local}/{kind}")
+
+
+def test_bytes_equal_a_local_run_through_errors_and_cuts(
+    s3: s3_server.S3Server, tiny_embeddings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3.fail_every = {"error": 9, "cut": 6, "hang up": 31}
+    summary = embed.run(settings(s3))
+    assert set(s3.failed) == {"error", "cut", "hang up"}
+    assert not any(s3.authorizations)
+    assert summary.parts == 11
+    check_equal(s3, tiny_embeddings["pool"])
+    s3.fail_every = {}
+    found = EmbeddingSet.open("s3://bucket/emb")
+    assert found.digest == EmbeddingSet.open(tiny_embeddings["pool"]).digest
+    assert found.all_images().shape == (found.num_rows, found.dim)
+    with s3.counting() as requests:
+        assert embed.run(settings(s3)).parts_skipped == 11
+    assert not [path for _, path in requests if path.endswith(".tar")]  # a finished shard is not even looked at
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_is_continued(
+    s3: s3_server.S3Server, tiny_embeddings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rundir, "LEASE_BEAT_S", 0.3)
+    append = rundir.CommitLog.append
+
+    def die_after_four(log: rundir.CommitLog, records: list[dict[str, Any]]) -> None:
+        if len(log.records) == 4:
+            raise KeyboardInterrupt
+        append(log, records)
+
+    with monkeypatch.context() as dying:
+        dying.setattr(rundir.CommitLog, "append", die_after_four)
+        dying.setattr(rundir.store, "remove", lambda uri: None)  # like SIGKILL: the lease stays
+        with pytest.raises(KeyboardInterrupt):
+            embed.run(settings(s3))
+    assert "lease" in s3.objects("bucket", "emb/")
+    with s3.counting() as requests:
+        assert embed.run(settings(s3)).parts_skipped == 4
+    assert len({path for method, path in requests if method == "GET" and path.endswith(".tar")}) == 11 - 4
+    check_equal(s3, tiny_embeddings["pool"])
+
+
+@pytest.mark.slow  # the heir watches the dead driver's lease for 15 s
+def test_a_killed_run_is_continued(
+    s3: s3_server.S3Server,
+    tiny_embeddings: dict[str, str],
+    drive: Any,  # noqa: F811
+) -> None:
+    s3.fail_every = {"error": 23, "cut": 11}
+    dead = drive(embed, settings(s3), kill=True)
+    assert dead.finish() == -signal.SIGKILL, dead.said()
+    assert "lease" in s3.objects("bucket", "emb/")
+    heir = drive(embed, settings(s3))
+    assert heir.finish() == 0, heir.said()
+    assert json.loads(s3.objects("bucket", "emb/")["summary.json"])["parts_skipped"] == 1
+    check_equal(s3, tiny_embeddings["pool"])

@@ -1,0 +1,45 @@
+"""The reading half of embed, without Ray: one chunk per batch, hashes beside the rows, odd pictures in the ledger."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from clipgap_ray.kernels.phash import perceptual_hashes
+from clipgap_ray.pixels import Preprocess, grey_thumbnail, open_picture
+from clipgap_ray.stages.embed_read import ReadPlan, from_stream, read_chunks
+from tests import made
+
+
+def encoded(picture: Image.Image, form: str) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, form)
+    return buffer.getvalue()
+
+
+def test_rows_hashes_and_ledger_of_a_shard(tmp_path: Path) -> None:
+    narrow = Image.fromarray(np.arange(40, dtype=np.uint8)[None].repeat(1, 0))
+    odd = {
+        "lab": encoded(Image.new("LAB", (20, 20), (9, 9, 9)), "TIFF"),
+        "deep": encoded(Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20) * 160), "PNG"),
+        "cmyk": encoded(Image.new("CMYK", (20, 20), (9, 8, 7, 6)), "JPEG"),
+        "narrow": encoded(narrow, "PNG"),
+    }
+    images = {**{f"{n}": made.jpeg(n) for n in range(6)}, **odd}
+    shard = made.tar_shard(tmp_path / "0.tar", [(f"{key}.jpg", data) for key, data in images.items()])
+    chunks = [
+        row for table in read_chunks(3, shard, ReadPlan(Preprocess(8), 4, 1.0, None)) for row in table.to_pylist()
+    ]
+    assert [(c["part"], c["chunk"], c["last"]) for c in chunks] == [(3, 0, False), (3, 1, False), (3, 2, True)]
+    rows = pa.concat_tables([from_stream(c["metadata"]) for c in chunks]).to_pylist()
+    assert [row["image_path"] for row in rows] == [key for key in images if key != "lab"]
+    assert [len(c["pixels"]) // (8 * 8 * 3) for c in chunks] == [4, 4, 1]
+    for row in rows:
+        plain, flipped = perceptual_hashes(grey_thumbnail(open_picture(images[row["image_path"]]))[None])
+        assert (row["phash"], row["phash_flipped"]) == (int(plain[0]), int(flipped[0]))
+    ledger = pa.concat_tables([from_stream(c["ledger"]) for c in chunks]).to_pylist()
+    assert [(row["key"], row["reason"]) for row in ledger if row["dropped"]] == [("lab", "broken_image")]
