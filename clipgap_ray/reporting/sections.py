@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from clipgap_ray.reporting import conclusions as say
-from clipgap_ray.reporting import figures, figures_models, galleries
+from clipgap_ray.reporting import figures, figures_join, figures_models, galleries
 from clipgap_ray.reporting.numbers import Numbers
 from clipgap_ray.reporting.study import Study
 from clipgap_ray.reporting.tables import Record, short
@@ -62,6 +62,7 @@ def build(study: Study, numbers: Numbers, pictures: galleries.Thumbnails, galler
         _gap_check(numbers),
         _removed(study, numbers),
         _groups(numbers),
+        _joined(numbers),
         _training(numbers),
     ]
 
@@ -286,6 +287,55 @@ def _groups(numbers: Numbers) -> Section:
     section.tables.append(Table(headers, rows))
     section.notes = ["Balanced: every class counts once. Small print: 95 % bootstrap over classes and images."]
     return section
+
+
+def _joined(numbers: Numbers) -> Section:
+    title = "Is the drop distance from the training data?"
+    if not numbers.joins:
+        missing = "needs predictions and query scores of a test set with the groups common and counter"
+        return Section("drop-similarity", title, "", missing=missing)
+    section = Section("drop-similarity", title, say.on_join(numbers.joins))
+    caption = f"Accuracy of both groups against similarity, {numbers.joins[0]['arm']}, and the parts of the drop."
+    draw = partial(figures_join.drop_at_equal_similarity, numbers.joins[0])
+    section.plots.append(Plot("drop_at_equal_similarity", draw, caption))
+    caption = "Every model against its own training set: explained and residual drop."
+    section.plots.append(Plot("drop_parts", partial(figures_join.drop_parts, numbers.joins), caption))
+    rows = [_joined_row(r) for r in numbers.joins]
+    headers = ["model", "drop (points)", "explained by similarity", "residual", "share explained", "matched drop",
+               "farther by", "overlap"]  # fmt: skip
+    section.tables.append(Table(headers, rows))
+    section.notes = [
+        "Explained: what the groups' different distances from the training images make of the drop, by standardising a "
+        "logistic regression with an effect per class and a spline in similarity. Residual: the groups' difference at "
+        "equal similarity. Matched: photos of both groups paired on similarity within a class. Small print: 95 % "
+        "bootstrap over classes and images. Overlap: share of photos in the common support of both groups, the smaller "
+        "group's. This is accounting, not proof of cause: photos that lie farther may also differ otherwise.",
+        *(f"{r['arm']}: {warning}." for r in numbers.joins for warning in r["warnings"]),
+    ]
+    return section
+
+
+def _joined_row(result: Record) -> list[Any]:
+    parts, matched, exposure = result["decomposition"], result["matched"], result["exposure"]
+
+    def with_interval(value: float | None, interval: list[float] | None, style: str = ".1f") -> Any:
+        if value is None or interval is None:
+            return "–"
+        return (f"{value:{style}}".replace("-", "−"), say.span(*interval, style), False)
+
+    split = parts or dict.fromkeys(
+        ("explained_pp", "explained_interval_pp", "residual_pp", "residual_interval_pp", "share")
+    )
+    return [
+        ("◆ " if result["supervised"] else "") + result["arm"],
+        with_interval(result["drop"]["drop_pp"], result["drop"]["interval_pp"]),
+        with_interval(split["explained_pp"], split["explained_interval_pp"]),
+        with_interval(split["residual_pp"], split["residual_interval_pp"]),
+        "–" if split["share"] is None else say.percent(split["share"], 0),
+        with_interval(matched["drop_pp"], matched["interval_pp"]),
+        with_interval(exposure["difference"], exposure["interval"], ".3f"),
+        say.percent(result["overlap"]["smallest"], 0),
+    ]
 
 
 def _training(numbers: Numbers) -> Section:
