@@ -77,7 +77,8 @@ class Pruning:
     Attributes:
         keep: (u,) bool, True = the uid stays.
         similarity: (n,) float64 to the nearest kept uid that the edges know; -inf = none above the photo's floor.
-        starved: (h,) int64 constrained photos of -inf: their edges must reach lower before the rounds can go on.
+        starved: (h,) int64 constrained photos whose edges must reach lower before the next round: their nearest row
+            or a row above their ceiling may be unknown. Nothing was removed on such half knowledge.
         rounds: Rounds that removed something.
     """
 
@@ -90,15 +91,17 @@ class Pruning:
 def prune(
     keep: np.ndarray,
     edges: tuple[np.ndarray, np.ndarray, np.ndarray],
+    floor: np.ndarray,
     class_at: np.ndarray,
     second: np.ndarray,
     slack: float,
 ) -> Pruning:
-    """Remove uids until no photo is nearer than its ceiling, or until the edges do not know a photo's nearest row.
+    """Remove uids until no photo is nearer than its ceiling, or until the edges do not know enough for a round.
 
     Args:
         keep: (u,) bool, uids that are still there.
         edges: (e,) int64 uids, (e,) int64 photos, (e,) float64 exact similarities: all kept uids above a floor.
+        floor: (n,) float64, of every photo.
         class_at: (n,) int64 as in `ceilings`.
         second: (n,) bool.
         slack: >= 0.
@@ -112,11 +115,11 @@ def prune(
         known = keep[items]
         nearest = np.full(len(class_at), -np.inf)
         np.maximum.at(nearest, photos[known], similarity[known])
-        starved = np.nonzero(np.isneginf(nearest) & (class_at >= 0))[0]
-        if len(starved):
-            return Pruning(keep, nearest, starved, rounds)
-        goes = known & (similarity > ceilings(nearest, class_at, second, slack)[photos])
-        if not goes.any():
+        unknown = np.isneginf(nearest) & (class_at >= 0)
+        ceiling = ceilings(np.where(unknown, floor, nearest), class_at, second, slack)
+        starved = np.nonzero(unknown | (ceiling < floor) & (class_at >= 0))[0]
+        goes = known & (similarity > ceiling[photos])
+        if len(starved) or not goes.any():
             return Pruning(keep, nearest, starved, rounds)
         keep[items[goes]] = False
         rounds += 1

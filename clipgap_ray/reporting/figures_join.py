@@ -25,7 +25,7 @@ def drop_at_equal_similarity(result: Record, theme: Theme) -> Figure:
 def _curves(axis: Axes, result: Record, theme: Theme) -> None:
     """Binned accuracies with intervals, the fit as lines, and the groups' similarities as a histogram below."""
     colours = dict(zip(result["groups"], (theme.pool, ORANGE), strict=True))
-    largest = max(b["num_images"] / result["num_images"][b["group"]] for b in result["bins"])
+    highest = max(_density(result, group).max() for group in colours)
     for (group, colour), marker in zip(colours.items(), "os", strict=True):
         rows = [b for b in result["bins"] if b["group"] == group]
         value = np.array([b["accuracy"] for b in rows])
@@ -36,17 +36,26 @@ def _curves(axis: Axes, result: Record, theme: Theme) -> None:
                       label=f"{group} (n = {result['num_images'][group]:,})")  # fmt: skip
         line = [p for p in result["curves"] if p["group"] == group]
         axis.plot([p["similarity"] for p in line], [p["accuracy"] for p in line], color=colour, lw=2)
-        # The bins hold equal numbers of photos of both groups together: heights are shares of the group per bin.
-        edges = np.array([b["low_similarity"] for b in rows] + [rows[-1]["high_similarity"]])
-        shares = np.array([b["num_images"] for b in rows]) / result["num_images"][group] / largest
-        axis.stairs(HISTOGRAM_SHARE * shares, edges, fill=True, alpha=0.22, color=colour, lw=0)
-        axis.stairs(HISTOGRAM_SHARE * shares, edges, color=colour, lw=1, alpha=0.6)
+        width = np.array([b["high_similarity"] - b["low_similarity"] for b in rows])
+        left = [b["low_similarity"] for b in rows]
+        axis.bar(
+            left, HISTOGRAM_SHARE * _density(result, group) / highest, width, align="edge", color=colour, alpha=0.25
+        )
     axis.set_ylim(-0.02, 1.04)
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.set_xlabel("similarity to the nearest training image")
     axis.set_ylabel("accuracy (top 1), 95 %")
     fitted = "points: 8 bins; lines: fit, mean over classes" if result["curves"] else "points: 8 bins; no fit"
     axis.set_title(f"{result.get('model') or result.get('arm')}: {fitted}", fontsize=10.5)
+
+
+def _density(result: Record, group: str) -> np.ndarray:
+    """Share of a group's photos per bin and unit of similarity: the bins are quantiles, so of unequal width."""
+    rows = [b for b in result["bins"] if b["group"] == group]
+    return (
+        np.array([b["num_images"] / max(b["high_similarity"] - b["low_similarity"], 1e-6) for b in rows])
+        / (result["num_images"][group])
+    )
 
 
 def _waterfall(axis: Axes, result: Record, theme: Theme) -> None:

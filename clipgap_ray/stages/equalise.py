@@ -1,8 +1,8 @@
 """`split equalise`: the pool that two groups of a test set see alike, class by class (`kernels/equalise.py`).
 
 The nearest scored rows of every photo come from the query tables, the rows that have to go from passes over the pool
-that return edges above a floor per photo. A photo that loses all its edges gets a lower floor in the next pass, which
-reads the pool for such photos only; two or three passes are usual.
+that return edges above a floor per photo. A photo whose edges do not reach low enough gets a lower floor, and another
+pass for such photos only; no round acts on half knowledge, so the cut does not depend on the floors.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from clipgap_ray.stages.density import edges_above
 if TYPE_CHECKING:
     from clipgap_ray.stages.split import Table
 
+Edges = tuple[np.ndarray, np.ndarray, np.ndarray]  # uids, photos, exact similarities
+
 REACH = 0.02  # how far below a photo's first ceiling the first pass looks; doubled for photos that need more
 
 
@@ -32,25 +34,23 @@ def select(settings: Equalise, table: Table) -> np.ndarray:
     """
     queries, before, class_at, second = _photos(settings, table)
     compared = np.nonzero(class_at >= 0)[0]
-    reach = np.full(len(before), max(REACH, 2 * settings.slack))
+    reach = np.full(len(before), REACH)
     floor = np.where(class_at >= 0, _lower(before, class_at, second, settings.slack) - reach, np.inf)
     hint = f"raise --slack ({settings.slack:g})"
     edges = _edges(table, queries, floor, compared, hint)
     keep, rounds, passes = np.ones(table.num_uids, bool), 0, 1
     while True:
-        state = equalise.prune(keep, edges, class_at, second, settings.slack)
+        state = equalise.prune(keep, edges, floor, class_at, second, settings.slack)
         keep, rounds = state.keep, rounds + state.rounds
         if not len(state.starved):
             break
-        if not keep.any() or (floor[state.starved] < -1).any():
+        if (floor[state.starved] < -1).any():  # every row is above -1
             raise ConfigError(
                 f"no pool is left at slack {settings.slack:g}: the groups share their neighbours", hint=hint
             )
         reach[state.starved] *= 2
         floor[state.starved] -= reach[state.starved]
-        stays = ~np.isin(edges[1], state.starved)
-        more = _edges(table, queries, floor, state.starved, hint)
-        edges = tuple(np.concatenate([old[stays], new]) for old, new in zip(edges, more, strict=True))  # type: ignore
+        edges = _replace(edges, _edges(table, queries, floor, state.starved, hint), state.starved)
         passes += 1
     after = np.where(class_at >= 0, state.similarity, before)
     table.notes["equalised"] = {
@@ -90,9 +90,14 @@ def _lower(similarity: np.ndarray, class_at: np.ndarray, second: np.ndarray, sla
     return np.minimum(similarity, equalise.ceilings(similarity, class_at, second, slack))
 
 
-def _edges(
-    table: Table, queries: np.ndarray, floor: np.ndarray, photos: np.ndarray, hint: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _replace(edges: Edges, more: Edges, photos: np.ndarray) -> Edges:
+    """Take the edges of some photos from a later pass, which reached lower."""
+    stays = ~np.isin(edges[1], photos)
+    items, query, similarity = (np.concatenate([old[stays], new]) for old, new in zip(edges, more, strict=True))
+    return items, query, similarity
+
+
+def _edges(table: Table, queries: np.ndarray, floor: np.ndarray, photos: np.ndarray, hint: str) -> Edges:
     """Edges of some photos, in the numbering of all photos."""
     items, query, similarity = edges_above(table, queries[photos], floor[photos], hint)
     return items, photos[query], similarity

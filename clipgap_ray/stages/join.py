@@ -106,9 +106,10 @@ def _model(settings: DropJoinSettings, name: str, path: str, scores: str, column
         _check_scored(scores, settings.test)
     queries = _columns(table, ["uid", column], "see --column")
     values = queries.column(column).to_numpy(zero_copy_only=False).astype(np.float64)
-    if np.isnan(values).any():
+    unknown = ~np.isfinite(values)
+    if unknown.any():
         raise DataError(
-            f"{table}: {int(np.isnan(values).sum())} of {len(values)} images have no {column}",
+            f"{table}: {int(unknown.sum())} of {len(values)} images have no {column}",
             hint="score with --reference EMB or --thresholds NAME=FILE" if column == "tau" else "",
         )
     uids = predictions.column("uid").to_pylist()

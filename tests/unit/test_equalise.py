@@ -61,7 +61,7 @@ def test_the_rounds_equal_a_slow_twin_and_keep_the_promise(seed: int) -> None:
     query, items = np.nonzero(similarity > -1)
     order = np.argsort(items, kind="stable")
     edges = items[order], query[order], similarity[query, items][order]
-    state = equalise.prune(np.ones(rows, bool), edges, class_at, second, slack)
+    state = equalise.prune(np.ones(rows, bool), edges, np.full(n, -1.0), class_at, second, slack)
     assert state.keep.tolist() == slow_prune(similarity, class_at, second, slack)
     assert not len(state.starved)
     assert 0 < state.keep.sum() < rows
@@ -69,10 +69,15 @@ def test_the_rounds_equal_a_slow_twin_and_keep_the_promise(seed: int) -> None:
     assert equalise.largest_difference(nearest, class_at, second) <= slack + 1e-12
 
 
-def test_a_photo_without_known_rows_is_named_and_the_mask_is_not_touched() -> None:
+@pytest.mark.parametrize(("floor", "kept", "rounds"), [(0.7, [1, 1, 1], 0), (0.35, [0, 0, 1], 1)])
+def test_a_photo_whose_edges_end_too_high_is_named_before_anything_goes(
+    floor: float, kept: list[int], rounds: int
+) -> None:
+    """Photo 0 may come as near as 0.41: with edges down to 0.7 that cannot be decided; else both its rows go."""
     keep = np.ones(3, bool)
     edges = np.array([0, 1, 2]), np.array([0, 0, 1]), np.array([0.9, 0.8, 0.4])
-    state = equalise.prune(keep, edges, np.zeros(2, int), np.array([False, True]), 0.01)
-    assert state.starved.tolist() == [0]  # both its rows had to go, and the edges do not know a third
-    assert (state.keep.tolist(), state.rounds) == ([False, False, True], 1)
+    floors, second = np.array([floor, 0.3]), np.array([False, True])
+    state = equalise.prune(keep, edges, floors, np.zeros(2, int), second, 0.01)
+    assert 0 in state.starved.tolist()
+    assert (state.keep.tolist(), state.rounds) == ([bool(k) for k in kept], rounds)
     assert keep.all()
