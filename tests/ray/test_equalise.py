@@ -29,7 +29,7 @@ NAMES = ("fox", "owl", "crab")
 def rows_of(rng: np.random.Generator, labels: np.ndarray, counter: np.ndarray, spread: float) -> np.ndarray:
     """Unit rows around a class centre on one of two backgrounds."""
     basis = np.random.default_rng(0).normal(size=(len(NAMES) + 2, DIM))
-    latent = 1.2 * basis[labels] + 0.6 * basis[len(NAMES) + counter.astype(int)]
+    latent = 1.2 * basis[labels] + 0.9 * basis[len(NAMES) + counter.astype(int)]
     latent = latent + spread * rng.normal(size=latent.shape)
     return latent / np.linalg.norm(latent, axis=1, keepdims=True)
 
@@ -40,7 +40,7 @@ class Made:
     def __init__(self, root: Path, transform: np.ndarray, seed: int = 1) -> None:
         rng = np.random.default_rng(seed)
         self.labels = rng.integers(0, len(NAMES), POOL)
-        pool = rows_of(rng, self.labels, rng.random(POOL) < 0.1, 0.5)
+        pool = rows_of(rng, self.labels, rng.random(POOL) < 0.01, 0.5)
         labels, counter = rng.integers(0, len(NAMES), PHOTOS), rng.random(PHOTOS) < 0.4
         tests = rows_of(rng, labels, counter, 0.5)
         labels_r = rng.integers(0, len(NAMES), REFERENCE)
