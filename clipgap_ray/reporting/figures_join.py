@@ -17,7 +17,7 @@ def drop_at_equal_similarity(result: Record, theme: Theme) -> Figure:
     """One model: accuracy of both groups against similarity, and the drop with its parts and checks beside it."""
     figure, (left, right) = grid(2, columns=2, height=3.9)
     _curves(left, result, theme)
-    _waterfall(right, result, theme)
+    _parts(right, result, theme)
     legend_above(figure, left)
     return figure
 
@@ -45,8 +45,8 @@ def _curves(axis: Axes, result: Record, theme: Theme) -> None:
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.set_xlabel("similarity to the nearest training image")
     axis.set_ylabel("accuracy (top 1), 95 %")
-    fitted = "points: 8 bins; lines: fit, mean over classes" if result["curves"] else "points: 8 bins; no fit"
-    axis.set_title(f"{result.get('model') or result.get('arm')}: {fitted}", fontsize=10.5)
+    shown = "points: bins, lines: fit, bars: density" if result["curves"] else "points: bins, bars: density"
+    axis.set_title(f"{result.get('model') or result.get('arm')} · {shown}", fontsize=10.5)
 
 
 def _density(result: Record, group: str) -> np.ndarray:
@@ -58,33 +58,29 @@ def _density(result: Record, group: str) -> np.ndarray:
     )
 
 
-def _waterfall(axis: Axes, result: Record, theme: Theme) -> None:
-    """Drop, explained, residual as bars that add up; matched and binned estimates below as dots."""
+def _parts(axis: Axes, result: Record, theme: Theme) -> None:
+    """Drop, explained, residual as bars from 0, so that the checks of the residual below compare; they add up."""
     parts = result["decomposition"]
-    rows: list[tuple[str, float, float, list[float] | None, str]] = [
-        ("drop", 0.0, result["drop"]["drop_pp"], result["drop"]["interval_pp"], theme.ink)
-    ]
+    rows = [("drop", result["drop"]["drop_pp"], result["drop"]["interval_pp"], theme.ink)]
+    checks = []
     if parts is not None:
-        explained = parts["explained_pp"]
         rows += [
-            ("explained by\nsimilarity", 0.0, explained, parts["explained_interval_pp"], theme.pool),
-            ("residual at equal\nsimilarity", explained, parts["residual_pp"], parts["residual_interval_pp"], ORANGE),
+            ("explained by\nsimilarity", parts["explained_pp"], parts["explained_interval_pp"], theme.pool),
+            ("residual at equal\nsimilarity", parts["residual_pp"], parts["residual_interval_pp"], ORANGE),
         ]
-    for at, (_, start, value, interval, colour) in enumerate(rows):
-        axis.barh(-at, value, 0.62, left=start, color=colour)
-        if interval is not None:
-            axis.hlines(-at, start + interval[0], start + interval[1], color=theme.faint, lw=2.2)
+        checks = [("check: matched\npairs", result["matched"]["drop_pp"], result["matched"]["interval_pp"]),
+                  ("check: residual\nby bins", result["binned"]["residual_pp"], None)]  # fmt: skip
+    for at, (_, value, interval, colour) in enumerate(rows):
+        axis.barh(-at, value, 0.62, color=colour)
+        axis.hlines(-at, *interval, color=theme.faint, lw=2.2)
     names = [row[0] for row in rows]
-    checks = [("check: matched\npairs", result["matched"]["drop_pp"], result["matched"]["interval_pp"]),
-              ("check: residual\nby bins", result["binned"]["residual_pp"], None)]  # fmt: skip
-    for name, value, interval in checks:
-        if value is None or parts is None:
-            continue
+    for name, value, interval in (check for check in checks if check[1] is not None):
         axis.plot(value, -len(names), "D", color=GREEN, ms=6.5)
         if interval is not None:
             axis.hlines(-len(names), *interval, color=GREEN, lw=1.6)
         names.append(name)
     axis.set_yticks(-np.arange(len(names)), names)
+    axis.set_ylim(-len(names) + 0.4, 0.6)
     axis.axvline(0, color=theme.faint, lw=1)
     axis.grid(axis="y", visible=False)
     axis.set_xlabel("points, 95 % over classes and images")
