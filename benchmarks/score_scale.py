@@ -4,7 +4,7 @@ Writes an embedding folder of 100,000-row parts (ten distinct ones, hard-linked:
 then runs the stage and samples, each second, committed and running work, the resident memory of the driver and of the
 largest worker. Prints one line per million rows.
 
-    python benchmarks/score_scale.py [--rows 10000000] [--queries 5000] [--dim 512]
+    python benchmarks/score_scale.py [--rows 1000000] [--queries 5000] [--dim 512]
 """
 
 import argparse
@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 
 from clipgap_ray import embeddings, rundir, schema, store
@@ -67,6 +66,36 @@ def write(folder: Path, rows: int, dim: int, rng: np.random.Generator) -> str:
     return uri
 
 
+def private_mb(pid: int) -> float:
+    """Memory that only this process holds, in MB; 0 when it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Private_")) / 1e3
+
+
+def ray_workers(root: int) -> list[int]:
+    """Ray's worker processes below a process."""
+    parents: dict[int, int] = {}
+    names: dict[int, bytes] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                names[int(entry.name)] = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+    found = []
+    for pid, name in names.items():
+        above = pid
+        while above in parents and above != root:
+            above = parents[above]
+        if above == root and name.startswith(b"ray::"):
+            found.append(pid)
+    return found
+
+
 class Watch(threading.Thread):
     """Samples (seconds, rows scored, driver MB, largest worker MB) once a second until stopped."""
 
@@ -76,25 +105,17 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         """Count the parts whose tables are written: they tell the rate between two commits."""
-        started, driver = time.monotonic(), psutil.Process()
+        started = time.monotonic()
         while not self.stop.wait(1.0):
-            parts = len(list(self.out.glob("pool/a/*.parquet")))
-            workers = [0]
-            for process in driver.children(recursive=True):
-                try:
-                    if "ray::" in " ".join(process.cmdline()):
-                        workers.append(process.memory_full_info().uss)
-                except (psutil.NoSuchProcess, psutil.ZombieProcess):
-                    continue
-            self.samples.append(
-                (time.monotonic() - started, parts * PART_ROWS, driver.memory_full_info().uss / 1e6, max(workers) / 1e6)
-            )
+            rows = len(list(self.out.glob("pool/a/*.parquet"))) * PART_ROWS
+            worker = max((private_mb(pid) for pid in ray_workers(os.getpid())), default=0.0)
+            self.samples.append((time.monotonic() - started, rows, private_mb(os.getpid()), worker))
 
 
 def main() -> None:
     """Write, score, print a line per million rows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--queries", type=int, default=5000)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--folder", default=None, help="where to write, default a temporary folder")

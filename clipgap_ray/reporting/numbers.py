@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clipgap_ray.reporting import joined, planted, similarity, tables
+from clipgap_ray.reporting import density, joined, planted, similarity, tables
 from clipgap_ray.reporting.study import Study
 from clipgap_ray.reporting.tables import Record, RobustnessPanel
 
@@ -21,6 +21,7 @@ class Numbers:
     curves: list[Record]
     panels: list[RobustnessPanel]
     checks: list[Record]
+    density: list[Record]
     removed_per_image: list[Record]
     removed_per_class: list[Record]
     groups: list[Record]
@@ -47,6 +48,7 @@ class Numbers:
             "pruning_curves": self.curves,
             "effective_robustness": robustness,
             "gap_check": self.checks,
+            "neighbour_curves": self.density,
             "removed_per_image": self.removed_per_image,
             "removed_per_class": self.removed_per_class,
             "group_shift": [_flat_group(g) for g in self.groups],
@@ -82,6 +84,7 @@ def compute(study: Study, bin_width: float, draws: int, seed: int) -> Numbers:
         curves=tables.pruning_curves(study, accuracy),
         panels=tables.robustness_panels(study, accuracy),
         checks=similarity.gap_check(study),
+        density=density.neighbour_curves(study),
         removed_per_image=per_image,
         removed_per_class=per_class,
         groups=tables.group_shift(study, draws, seed),

@@ -2,51 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from clipgap_ray.reporting import conclusions as say
-from clipgap_ray.reporting import figures, figures_join, figures_models, galleries
+from clipgap_ray.reporting import density, figures, figures_models, galleries, sections_groups
+from clipgap_ray.reporting.layout import Plot, Section, Table
 from clipgap_ray.reporting.numbers import Numbers
 from clipgap_ray.reporting.study import Study
 from clipgap_ray.reporting.tables import Record, short
-from clipgap_ray.reporting.theme import Draw
-
-PAIR = ("common", "counter")
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A figure to draw: file name, how, and what it shows for those who cannot see it."""
-
-    name: str
-    draw: Draw
-    caption: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table to print: headers, rows of cells; a cell is text or (text, small print, emphasised)."""
-
-    headers: list[str]
-    rows: list[list[Any]]
-    caption: str = ""
-
-
-@dataclass
-class Section:
-    """One section of the page. `missing` says what is not there and which command makes it."""
-
-    anchor: str
-    title: str
-    conclusion: str
-    plots: list[Plot] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    strips: dict[str, list[galleries.Strip]] = field(default_factory=dict)
-    answers: list[tuple[str, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    missing: str = ""
 
 
 def build(study: Study, numbers: Numbers, pictures: galleries.Thumbnails, gallery_rows: int) -> list[Section]:
@@ -60,9 +24,10 @@ def build(study: Study, numbers: Numbers, pictures: galleries.Thumbnails, galler
         _robustness(study, numbers),
         _galleries(study, pictures, gallery_rows),
         _gap_check(numbers),
+        _density(numbers),
         _removed(study, numbers),
-        _groups(numbers),
-        _joined(numbers),
+        sections_groups.shift(numbers),
+        sections_groups.join(numbers),
         _training(numbers),
     ]
 
@@ -250,6 +215,29 @@ def _gap_check(numbers: Numbers) -> Section:
     return section
 
 
+def _density(numbers: Numbers) -> Section:
+    section = Section("density", "Is it denser where it is no closer?", density.sentence(numbers.density))
+    if not numbers.density:
+        section.missing = "no gaps/diagnostics.json: run `clipgap gaps`"
+        return section
+    caption = "Median similarity of the k-th nearest image, over test images."
+    section.plots.append(Plot("neighbour_curves", partial(density.draw, numbers.density), caption))
+    within = {(r["test"], r["kind"]): r["mean_rows_within"] for r in numbers.density}
+    rows = [
+        [
+            test,
+            *(
+                "–" if within.get((test, kind)) is None else f"{within[test, kind]:,.1f}"
+                for kind in ("pool", "gap-match")
+            ),
+        ]
+        for test in dict.fromkeys(r["test"] for r in numbers.density)
+    ]
+    caption = "Pool images within 0.05 of a test image's hull (similarity > tau - 0.05), mean over test images."
+    section.tables.append(Table(["test set", "before the cut", "after"], rows, caption))
+    return section
+
+
 def _removed(study: Study, numbers: Numbers) -> Section:
     sentence = say.on_removed(numbers.removed_per_class, study.recipes())
     section = Section("removed", "What gap matching removes", sentence)
@@ -261,81 +249,6 @@ def _removed(study: Study, numbers: Numbers) -> Section:
     section.notes = ["A removed pool image counts for the test image whose threshold it exceeds most, from the stored "
                      "float32 scores; the sizes in the table above are exact."]  # fmt: skip
     return section
-
-
-def _groups(numbers: Numbers) -> Section:
-    if not numbers.groups:
-        missing = "no test set among the predictions has the groups common and counter"
-        return Section("groups", "Common and counter backgrounds", "", missing=missing)
-    section = Section("groups", "Common and counter backgrounds", say.on_groups(numbers.groups, numbers.exposure))
-    caption = "Balanced accuracy of both groups and the drop between them."
-    section.plots.append(Plot("group_shift", partial(figures_models.group_bars, numbers.groups, PAIR), caption))
-    first = partial(figures_models.class_drop_bars, numbers.groups[0])
-    section.plots.append(Plot("class_drops", first, f"Drop of every class, {numbers.groups[0]['arm']}."))
-    rows = []
-    for g in numbers.groups:
-        worst = g["worst_class_group"]
-        rows.append(
-            [g["arm"], say.percent(g["balanced"]["common"]), say.percent(g["balanced"]["counter"]),
-             (f"{g['drop']['drop_pp']:.1f}", say.span(*g["intervals"]["drop_pp_classes"]), False),
-             say.percent(g["drop"]["relative"]), f"{g['drop']['log_odds']:.2f}",
-             f"{worst['class_name']} / {worst['group']} {say.percent(worst['accuracy'], 0)}",
-             f"{g['num_negative_drops']} / {g['num_insignificant_drops']} of {g['num_classes']}"]
-        )  # fmt: skip
-    headers = ["model", "common", "counter", "drop (points)", "relative", "log-odds", "worst class and group",
-               "negative / insignificant class drops"]  # fmt: skip
-    section.tables.append(Table(headers, rows))
-    section.notes = ["Balanced: every class counts once. Small print: 95 % bootstrap over classes and images."]
-    return section
-
-
-def _joined(numbers: Numbers) -> Section:
-    title = "Is the drop distance from the training data?"
-    if not numbers.joins:
-        missing = "needs predictions and query scores of a test set with the groups common and counter"
-        return Section("drop-similarity", title, "", missing=missing)
-    section = Section("drop-similarity", title, say.on_join(numbers.joins))
-    caption = f"Accuracy of both groups against similarity, {numbers.joins[0]['arm']}, and the parts of the drop."
-    draw = partial(figures_join.drop_at_equal_similarity, numbers.joins[0])
-    section.plots.append(Plot("drop_at_equal_similarity", draw, caption))
-    caption = "Every model against its own training set: explained and residual drop."
-    section.plots.append(Plot("drop_parts", partial(figures_join.drop_parts, numbers.joins), caption))
-    rows = [_joined_row(r) for r in numbers.joins]
-    headers = ["model", "drop (points)", "explained by similarity", "residual", "share explained", "matched drop",
-               "farther by", "overlap"]  # fmt: skip
-    section.tables.append(Table(headers, rows))
-    section.notes = [
-        "Explained: what the groups' different distances from the training images make of the drop, by standardising a "
-        "logistic regression with an effect per class and a spline in similarity. Residual: the groups' difference at "
-        "equal similarity. Matched: photos of both groups paired on similarity within a class. Small print: 95 % "
-        "bootstrap over classes and images. Overlap: share of photos in the common support of both groups, the smaller "
-        "group's. This is accounting, not proof of cause: photos that lie farther may also differ otherwise.",
-        *(f"{r['arm']}: {warning}." for r in numbers.joins for warning in r["warnings"]),
-    ]
-    return section
-
-
-def _joined_row(result: Record) -> list[Any]:
-    parts, matched, exposure = result["decomposition"], result["matched"], result["exposure"]
-
-    def with_interval(value: float | None, interval: list[float] | None, style: str = ".1f") -> Any:
-        if value is None or interval is None:
-            return "–"
-        return (f"{value:{style}}".replace("-", "−"), say.span(*interval, style), False)
-
-    split = parts or dict.fromkeys(
-        ("explained_pp", "explained_interval_pp", "residual_pp", "residual_interval_pp", "share")
-    )
-    return [
-        ("◆ " if result["supervised"] else "") + result["arm"],
-        with_interval(result["drop"]["drop_pp"], result["drop"]["interval_pp"]),
-        with_interval(split["explained_pp"], split["explained_interval_pp"]),
-        with_interval(split["residual_pp"], split["residual_interval_pp"]),
-        "–" if split["share"] is None else say.percent(split["share"], 0),
-        with_interval(matched["drop_pp"], matched["interval_pp"]),
-        with_interval(exposure["difference"], exposure["interval"], ".3f"),
-        say.percent(result["overlap"]["smallest"], 0),
-    ]
 
 
 def _training(numbers: Numbers) -> Section:

@@ -15,6 +15,7 @@ import numpy as np
 from clipgap_ray import rundir, schema, store
 from clipgap_ray.embeddings import EmbeddingSet, check_same_encoder
 from clipgap_ray.errors import ConfigError
+from clipgap_ray.kernels import subsets
 from clipgap_ray.kernels.vectors import exact_matrix, to_storage
 from clipgap_ray.serving.messages import SetCoverage, SetNeighbour, SplitInfo, SplitVerdict
 
@@ -49,9 +50,7 @@ class Split:
 
     def __contains__(self, uid: str) -> bool:
         """Whether a uid stays."""
-        one = schema.pack_uids([uid])
-        first, last = (np.searchsorted(self.uids["f0"], one["f0"][0], side=side) for side in ("left", "right"))
-        return bool((self.uids["f1"][first:last] == one["f1"][0]).any())
+        return bool(subsets.contains(self.uids, schema.pack_uids([uid]))[0])
 
 
 class Coverage:

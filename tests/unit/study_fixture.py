@@ -35,6 +35,7 @@ ENCODER = {
     "precision": "fp32",
 }
 TESTS = ("val", "sketch", "counteranimal")
+NEIGHBOURS = 3
 
 
 @dataclass
@@ -178,6 +179,7 @@ def build_study(root: Path, pool_rows: int = 400, test_rows: int = 80, seeds: tu
     built.keeps = _cuts(built)
     _write_scores(built, {t: v.argmax(axis=1) for t, v in nearest.items()}, per_part)
     _write_splits(built, per_part)
+    _write_diagnostics(built)
     _write_truth(built)
     _write_runs(built, seeds, num_supervised)
     return built
@@ -266,11 +268,27 @@ def _write_splits(built: Built, per_part: int) -> None:
         for test, s in built.similarity.items():
             kept = np.where(keep, s, -np.inf)
             best = kept.max(axis=1)
+            kth = -np.sort(-kept, axis=1)[:, :NEIGHBOURS]
             table = pa.table(
                 [_test_row_ids(built, test, per_part), built.tests[test].uids, built.tau[test], best,
-                 np.maximum(best, built.tau[test]), row_ids[kept.argmax(axis=1)]], names=schema.GAPS.names,
+                 np.maximum(best, built.tau[test]), row_ids[kept.argmax(axis=1)], list(kth),
+                 [[0]] * len(best)], names=schema.GAPS.names,
             ).cast(schema.GAPS)  # fmt: skip
             store.write_table(str(built.root / "gaps" / name / f"{test}.parquet"), table)
+
+
+def _write_diagnostics(built: Built) -> None:
+    """Median k-th neighbours as `gaps` writes them; the reference's curve is tau less 0.02 per neighbour."""
+    records = []
+    for test, s in built.similarity.items():
+        for name, keep in {"pool": np.ones(s.shape[1], bool), **built.keeps}.items():
+            kth = np.median(-np.sort(-np.where(keep, s, -np.inf), axis=1)[:, :NEIGHBOURS], axis=0)
+            within = float((np.where(keep, s, -np.inf) > built.tau[test][:, None] - 0.05).sum(axis=1).mean())
+            records.append({"split": name, "test": test, "mean_rows_within": {"0.05": within},
+                            "median_kth_similarity": [float(x) if np.isfinite(x) else None for x in kth]})  # fmt: skip
+        curve = [float(np.median(built.tau[test])) - 0.02 * j for j in range(NEIGHBOURS)]
+        records.append({"split": "reference", "test": test, "median_kth_similarity": curve})
+    store.write_json(str(built.root / "gaps" / "diagnostics.json"), records)
 
 
 def _write_truth(built: Built) -> None:

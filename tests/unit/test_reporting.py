@@ -14,7 +14,7 @@ from matplotlib import pyplot
 from clipgap_ray import schema, store
 from clipgap_ray.config.report import ReportSettings
 from clipgap_ray.errors import DataError
-from clipgap_ray.reporting import conclusions, figures, galleries, joined, planted, similarity, tables, theme
+from clipgap_ray.reporting import conclusions, density, figures, galleries, joined, planted, similarity, tables, theme
 from clipgap_ray.reporting.study import Study
 from clipgap_ray.stages import report
 from tests.unit.study_fixture import Built, build_study
@@ -107,6 +107,20 @@ def test_gap_check_passes_and_sees_a_broken_cut(built, study, tmp_path) -> None:
     closer = (built.similarity["sketch"].max(axis=1) > built.tau["sketch"]).sum()
     assert broken[0]["num_violations"] == closer
     assert f"is broken at {closer} points" in conclusions.on_gap_check(broken)
+
+
+def test_neighbour_curves_stand_beside_the_reference_s(built, study) -> None:
+    records = density.neighbour_curves(study)
+    keep, similarity_of = built.keeps["gap-sketch"], built.similarity["sketch"]
+    kept = np.median(-np.sort(-np.where(keep, similarity_of, -np.inf), axis=1)[:, :3], axis=0)
+    curve = [r["median_similarity"] for r in records if r["test"] == "sketch" and r["kind"] == "gap-match"]
+    assert curve == pytest.approx(kept.tolist())
+    assert {r["split"] for r in records if r["test"] == "sketch"} == {"pool", "gap-sketch", "reference"}
+    third = {(r["test"], r["kind"]): r["median_similarity"] for r in records if r["k"] == 3}
+    denser = third["sketch", "gap-match"] > third["sketch", "reference"]
+    said = density.sentence(records)
+    assert ("sketch" in said) == denser
+    assert density.sentence([]).startswith("No gap-matched split")
 
 
 def test_removed_rows_add_up_to_the_cut(built, study) -> None:
@@ -222,7 +236,7 @@ def test_page_is_self_contained_and_holds_every_section(page) -> None:
     assert all(link.startswith("data:image/") for link in links.loaded)
     anchors = re.findall(r'<section id="([a-z-]+)"', page)
     assert anchors == ["answers", "table", "similarity", "accuracy-similarity", "pruning", "robustness", "galleries",
-                       "gap-check", "removed", "groups", "training", "provenance"]  # fmt: skip
+                       "gap-check", "density", "removed", "groups", "training", "provenance"]  # fmt: skip
     assert "prefers-color-scheme: dark" in page
     assert "NaN" not in re.sub(r"data:[^\"]*", "", page)
     assert len(page) < 20 * 2**20
@@ -252,7 +266,7 @@ def test_the_same_records_give_the_same_figure(built, study, page) -> None:
     [
         ("eval", {"table", "accuracy-similarity", "pruning", "robustness", "groups"}),
         ("scores", {"similarity", "accuracy-similarity", "galleries", "removed"}),
-        ("gaps", {"gap-check"}),
+        ("gaps", {"gap-check", "density"}),
         ("runs", {"training"}),
         ("world", set()),
         ("embed", set()),
