@@ -299,7 +299,8 @@ def _decomposition(photos: Photos, fitted: Fit, samples: dict[str, np.ndarray], 
 
 def curves(photos: Photos, fitted: Fit, points: int = CURVE_POINTS) -> list[dict[str, Any]]:
     """Return m averaged over classes along s for each group: records of group, similarity, accuracy."""
-    similarity = np.linspace(*np.quantile(photos.similarity, [0.005, 0.995]), points)
+    low, high = np.quantile(photos.similarity, [0.005, 0.995]).tolist()
+    similarity = np.linspace(low, high, points)
     num_classes = len(photos.classes)
     at, values = np.tile(np.arange(num_classes), points), np.repeat(similarity, num_classes)
     records = []
