@@ -148,6 +148,18 @@ PREDICTIONS = pa.schema(
     ]
 )
 
+# The join of predictions and similarity: photos/<model>.parquet, the photos of both groups.
+JOINED = pa.schema(
+    [
+        ("uid", pa.string()),
+        ("class_name", pa.string()),
+        ("group", pa.string()),
+        ("similarity", pa.float64()),  # to the nearest row of what the model was trained on
+        ("correct", pa.float64()),
+        ("supported", pa.bool_()),  # in the common support of its class's groups
+    ]
+)
+
 
 def row_ids(part: int, num_rows: int) -> np.ndarray:
     """Return the row ids of a part.

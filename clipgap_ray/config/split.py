@@ -81,6 +81,9 @@ class Random(SplitSettings):
     """Rows kept: an integer is a count, a number with a point a fraction."""
     match: str = ""
     """Take the size of this other split instead."""
+    same_classes: tuple[str, ...] = ()
+    """With --match: keep as many rows of every class as the other split does, by the names in the captions. Names
+    (synonyms separated by commas), `@FILE` with a name per line, or `test:NAME`: the classes of a scored test set."""
     seed: int = 0
     """Seed of the sample."""
 
@@ -88,6 +91,8 @@ class Random(SplitSettings):
     def _one(self) -> Random:
         if bool(self.size) == bool(self.match):
             raise ConfigError(f"random needs one of --size ({self.size!r}) and --match ({self.match!r})")
+        if self.same_classes and not self.match:
+            raise ConfigError("random --same-classes needs --match OTHER.npy: the split whose class counts it takes")
         return self
 
 
@@ -145,6 +150,31 @@ class DensityMatch(SplitSettings):
     """Rows compete for the places in the order of a shuffle by this seed."""
 
 
+class Equalise(SplitSettings):
+    """Remove pool rows until, in every class of a test set, two groups of its photos see the same similarity to the
+    pool: their quantiles differ by at most --slack. The causal arm of `clipgap join`."""
+
+    kind: Literal["equalise"] = "equalise"
+    """Kind of the split."""
+    test: tuple[str, ...]
+    """Test sets with groups; classes of different sets are different classes."""
+    groups: tuple[str, str] = ("common", "counter")
+    """The two groups; photos of other groups, and classes that lack one, are not looked at."""
+    slack: float = 0.01
+    """Largest difference of the groups' similarities that may remain, at any quantile of any class."""
+
+    @pydantic.model_validator(mode="after")
+    def _positive(self) -> Equalise:
+        if not self.test:
+            raise ConfigError("equalise needs at least one --test", hint="for example --test counteranimal")
+        if not 0 < self.slack < 1:
+            raise ConfigError(
+                f"--slack {self.slack:g} is no difference of similarities: expected more than 0 and less than 1",
+                hint="0.01; at 0 no two photos agree before the pool is empty",
+            )
+        return self
+
+
 class Full(SplitSettings):
     """Keep every scored row."""
 
@@ -152,7 +182,7 @@ class Full(SplitSettings):
     """Kind of the split."""
 
 
-AnySplit = GapMatch | Near | Far | Core | Random | Threshold | Score | DensityMatch | Full
+AnySplit = GapMatch | Near | Far | Core | Random | Threshold | Score | DensityMatch | Equalise | Full
 
 
 class PreviewSettings(Settings):

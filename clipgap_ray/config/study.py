@@ -21,6 +21,7 @@ KINDS: dict[str, type[split_config.SplitSettings]] = {
     "threshold": split_config.Threshold,
     "score": split_config.Score,
     "density-match": split_config.DensityMatch,
+    "equalise": split_config.Equalise,
     "full": split_config.Full,
 }
 

@@ -222,6 +222,24 @@ def on_groups(results: list[Record], exposure: list[Record]) -> str:
     )
 
 
+def on_join(results: list[Record]) -> str:
+    """How much of the drop is distance from the training data?"""
+    base = results[0]
+    first, second = base["groups"]
+    drop, parts, exposure = base["drop"], base["decomposition"], base["exposure"]
+    text = f"{base['arm']}: drop {drop['drop_pp']:.1f} points {span(*drop['interval_pp'])}"
+    if parts is None:
+        return f"{text}. How much of it is distance is not identified: {base['why_not']}."
+    share = "" if parts["share"] is None else f", {percent(parts['share'], 0)} of the drop"
+    where = "farther from" if exposure["difference"] >= 0 else "nearer to"
+    residual = f"{'−' if parts['residual_pp'] < 0 else '+'} {abs(parts['residual_pp']):.1f}"
+    return (
+        f"{text} = {parts['explained_pp']:.1f} {span(*parts['explained_interval_pp'])} because {second} photos lie "
+        f"{abs(exposure['difference']):.3f} {where} the training images than {first} ones{share}, {residual} "
+        f"{span(*parts['residual_interval_pp'])} at equal similarity."
+    ).replace("= -", "= −")
+
+
 def on_training(curves: list[Record]) -> str:
     """What did training end at, and did all see the same?"""
     runs = names_in_order(curves, "run")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clipgap_ray.reporting import density, planted, similarity, tables
+from clipgap_ray.reporting import density, joined, planted, similarity, tables
 from clipgap_ray.reporting.study import Study
 from clipgap_ray.reporting.tables import Record, RobustnessPanel
 
@@ -26,6 +26,7 @@ class Numbers:
     removed_per_class: list[Record]
     groups: list[Record]
     exposure: list[Record]
+    joins: list[Record]
     training: list[Record]
     planted: list[Record]
     digests: list[Record]
@@ -53,6 +54,10 @@ class Numbers:
             "group_shift": [_flat_group(g) for g in self.groups],
             "group_shift_per_class": per_class,
             "group_exposure": self.exposure,
+            "group_drop_and_similarity": [joined.flat(r) for r in self.joins],
+            "group_drop_and_similarity_per_class": [
+                {"test": r["test"], "arm": r["arm"], **row} for r in self.joins for row in r["classes"]
+            ],
             "training_curves": self.training,
             "planted_truth": self.planted,
             "digests": self.digests,
@@ -84,6 +89,7 @@ def compute(study: Study, bin_width: float, draws: int, seed: int) -> Numbers:
         removed_per_class=per_class,
         groups=tables.group_shift(study, draws, seed),
         exposure=similarity.exposure(study),
+        joins=joined.joins(study, draws, seed),
         training=tables.training_curves(study),
         planted=planted.planted(study),
         digests=list(study.digests()),

@@ -13,7 +13,7 @@ import jinja2
 import pyarrow as pa
 
 from clipgap_ray import __version__, store
-from clipgap_ray.reporting.sections import Section
+from clipgap_ray.reporting.layout import Section
 from clipgap_ray.reporting.tables import Record
 from clipgap_ray.reporting.theme import data_uri, render
 

@@ -2,51 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from clipgap_ray.reporting import conclusions as say
-from clipgap_ray.reporting import density, figures, figures_models, galleries
+from clipgap_ray.reporting import density, figures, figures_models, galleries, sections_groups
+from clipgap_ray.reporting.layout import Plot, Section, Table
 from clipgap_ray.reporting.numbers import Numbers
 from clipgap_ray.reporting.study import Study
 from clipgap_ray.reporting.tables import Record, short
-from clipgap_ray.reporting.theme import Draw
-
-PAIR = ("common", "counter")
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A figure to draw: file name, how, and what it shows for those who cannot see it."""
-
-    name: str
-    draw: Draw
-    caption: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table to print: headers, rows of cells; a cell is text or (text, small print, emphasised)."""
-
-    headers: list[str]
-    rows: list[list[Any]]
-    caption: str = ""
-
-
-@dataclass
-class Section:
-    """One section of the page. `missing` says what is not there and which command makes it."""
-
-    anchor: str
-    title: str
-    conclusion: str
-    plots: list[Plot] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    strips: dict[str, list[galleries.Strip]] = field(default_factory=dict)
-    answers: list[tuple[str, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    missing: str = ""
 
 
 def build(study: Study, numbers: Numbers, pictures: galleries.Thumbnails, gallery_rows: int) -> list[Section]:
@@ -62,7 +26,8 @@ def build(study: Study, numbers: Numbers, pictures: galleries.Thumbnails, galler
         _gap_check(numbers),
         _density(numbers),
         _removed(study, numbers),
-        _groups(numbers),
+        sections_groups.shift(numbers),
+        sections_groups.join(numbers),
         _training(numbers),
     ]
 
@@ -283,32 +248,6 @@ def _removed(study: Study, numbers: Numbers) -> Section:
     section.plots.append(Plot("removed_per_class", draw, "Pool images removed per test image, by class."))
     section.notes = ["A removed pool image counts for the test image whose threshold it exceeds most, from the stored "
                      "float32 scores; the sizes in the table above are exact."]  # fmt: skip
-    return section
-
-
-def _groups(numbers: Numbers) -> Section:
-    if not numbers.groups:
-        missing = "no test set among the predictions has the groups common and counter"
-        return Section("groups", "Common and counter backgrounds", "", missing=missing)
-    section = Section("groups", "Common and counter backgrounds", say.on_groups(numbers.groups, numbers.exposure))
-    caption = "Balanced accuracy of both groups and the drop between them."
-    section.plots.append(Plot("group_shift", partial(figures_models.group_bars, numbers.groups, PAIR), caption))
-    first = partial(figures_models.class_drop_bars, numbers.groups[0])
-    section.plots.append(Plot("class_drops", first, f"Drop of every class, {numbers.groups[0]['arm']}."))
-    rows = []
-    for g in numbers.groups:
-        worst = g["worst_class_group"]
-        rows.append(
-            [g["arm"], say.percent(g["balanced"]["common"]), say.percent(g["balanced"]["counter"]),
-             (f"{g['drop']['drop_pp']:.1f}", say.span(*g["intervals"]["drop_pp_classes"]), False),
-             say.percent(g["drop"]["relative"]), f"{g['drop']['log_odds']:.2f}",
-             f"{worst['class_name']} / {worst['group']} {say.percent(worst['accuracy'], 0)}",
-             f"{g['num_negative_drops']} / {g['num_insignificant_drops']} of {g['num_classes']}"]
-        )  # fmt: skip
-    headers = ["model", "common", "counter", "drop (points)", "relative", "log-odds", "worst class and group",
-               "negative / insignificant class drops"]  # fmt: skip
-    section.tables.append(Table(headers, rows))
-    section.notes = ["Balanced: every class counts once. Small print: 95 % bootstrap over classes and images."]
     return section
 
 

@@ -1,4 +1,4 @@
-"""Pool rows that lie closer to a test image than its k-th nearest reference row: what density matching cuts from.
+"""Pool rows that lie closer to a test image than a floor: what density matching and equalising cut from.
 
 One pass over the pool as in `gaps`; tasks return edges only. Nothing is written: the split is the output.
 """
@@ -54,25 +54,43 @@ def edges_outside_the_hull(
         for test, own in zip(tests, rows, strict=True)
     ]
     reference, queries = np.concatenate(curves), np.concatenate(rows)
+    hint = f"lower --neighbours ({neighbours})"
+    return *edges_above(table, queries, reference[:, -1], hint), reference
+
+
+def edges_above(
+    table: Table, queries: np.ndarray, floor: np.ndarray, hint: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return all scored uids that are more alike to a query than its floor, in one pass over the pool.
+
+    Args:
+        table: Open score tables.
+        queries: (Q, d) float16.
+        floor: (Q,) float64.
+        hint: What to do when there are too many.
+
+    Returns:
+        (e,) int64 uid positions, sorted; (e,) int64 queries; (e,) float64 exact similarities, the largest over copies.
+
+    Raises:
+        ConfigError: If more than `MAX_EDGES` pairs pass.
+    """
     pool = EmbeddingSet.open(table.manifest["pool"]["uri"])
     connect()
-    shared = ray.put((pool, queries, reference[:, -1]))
+    shared = ray.put((pool, queries, floor))
     task = ray.remote(num_cpus=1)(_edges_of_group)
     groups = list(pool.groups(GROUP_BYTES))
-    progress = Progress("density", len(groups), "groups of parts")
+    progress = Progress("edges", len(groups), "groups of parts")
     found, total = [], 0
     for edges in bounded(lambda group: task.remote(shared, group), groups):
         found.append(edges)
         total += len(edges[0])
         progress.advance(rows=len(edges[0]))
         if total > MAX_EDGES:
-            raise ConfigError(
-                f"more than {MAX_EDGES:,} pairs are closer than the {neighbours}-th reference neighbour",
-                hint="lower --neighbours",
-            )
+            raise ConfigError(f"more than {MAX_EDGES:,} pairs of a pool row and a test image pass", hint=hint)
     progress.close()
     row_ids, query, similarity = (np.concatenate(columns) for columns in zip(*found, strict=True))
-    return *_per_uid(table, row_ids, query, similarity), reference
+    return _per_uid(table, row_ids, query, similarity)
 
 
 def _edges_of_group(shared: Any, group: list[Part]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

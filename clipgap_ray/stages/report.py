@@ -15,7 +15,7 @@ from typing import Any
 from clipgap_ray import __version__, rundir, store
 from clipgap_ray.config.report import ReportSettings
 from clipgap_ray.errors import BudgetError
-from clipgap_ray.reporting import conclusions, page, sections
+from clipgap_ray.reporting import conclusions, layout, page, sections
 from clipgap_ray.reporting.galleries import Thumbnails, read_blocklist
 from clipgap_ray.reporting.numbers import Numbers, compute
 from clipgap_ray.reporting.study import Study
@@ -84,22 +84,22 @@ def _subtitle(study: Study, numbers: Numbers) -> str:
     return " · ".join(parts)
 
 
-def _provenance(study: Study, numbers: Numbers) -> list[sections.Table]:
+def _provenance(study: Study, numbers: Numbers) -> list[layout.Table]:
     """Planted truth, encoder, runs and digests."""
     result = []
     if numbers.planted:
         rows: list[list[Any]] = [
             [r["what"], r["test"] or "–", f"{r['planted']:,}", f"{r['found']:,}"] for r in numbers.planted
         ]
-        result.append(sections.Table(["planted", "test set", "planted", "found"], rows, "Planted truth"))
+        result.append(layout.Table(["planted", "test set", "planted", "found"], rows, "Planted truth"))
     pool = study.embeddings("pool")
     if pool is not None:
         encoder = [[key, str(value)] for key, value in pool.encoder.items()]
-        result.append(sections.Table(["field", "value"], encoder, "Encoder of the similarities"))
+        result.append(layout.Table(["field", "value"], encoder, "Encoder of the similarities"))
     runs = [[r.name, r.split, r.objective, r.train_on, r.model, str(r.seed), f"{r.num_samples_seen:,}"]
             for r in study.runs]  # fmt: skip
     headers = ["run", "split", "objective", "trained on", "model", "seed", "samples seen"]
-    result.append(sections.Table(headers, runs, "Runs"))
+    result.append(layout.Table(headers, runs, "Runs"))
     digests = [[d["artefact"], d["digest"][:16]] for d in numbers.digests]
-    result.append(sections.Table(["artefact", "sha256 (first 16)"], digests, "Digests of the inputs"))
+    result.append(layout.Table(["artefact", "sha256 (first 16)"], digests, "Digests of the inputs"))
     return result

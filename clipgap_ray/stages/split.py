@@ -17,12 +17,23 @@ import numpy as np
 import pyarrow as pa
 
 from clipgap_ray import __version__, rundir, schema, store
-from clipgap_ray.config.split import AnySplit, Core, DensityMatch, Far, GapMatch, Near, Random, Score, Threshold
+from clipgap_ray.config.split import (
+    AnySplit,
+    Core,
+    DensityMatch,
+    Equalise,
+    Far,
+    GapMatch,
+    Near,
+    Random,
+    Score,
+    Threshold,
+)
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import ConfigError
 from clipgap_ray.kernels import splits
 from clipgap_ray.kernels.vectors import error_bound, exact_matrix
-from clipgap_ray.stages import core_set
+from clipgap_ray.stages import core_set, equalise, same_classes
 from clipgap_ray.stages.columns import read_column
 from clipgap_ray.stages.density import edges_outside_the_hull
 from clipgap_ray.stages.keep import bitmap_bytes, bitmap_path
@@ -42,6 +53,7 @@ class Table:
     bound: float
     rescored: set[int] = field(default_factory=set)
     cut_similarity: float | None = None  # near, far, core: m of the last row kept
+    notes: dict[str, Any] = field(default_factory=dict)  # what a kind has to say in the recipe
 
     @property
     def num_uids(self) -> int:
@@ -143,6 +155,8 @@ def select(settings: AnySplit, table: Table) -> np.ndarray:
     if isinstance(settings, Near | Far | Core):
         return _ranked(settings, table)
     if isinstance(settings, Random):
+        if settings.same_classes:
+            return same_classes.select(settings, table)
         size = _size_of(settings, table)
         return splits.keep_random(table.num_uids, size, np.random.default_rng(settings.seed))
     if isinstance(settings, Threshold):
@@ -154,6 +168,8 @@ def select(settings: AnySplit, table: Table) -> np.ndarray:
         return _by_column(settings, table)
     if isinstance(settings, DensityMatch):
         return _density_match(settings, table)
+    if isinstance(settings, Equalise):
+        return equalise.select(settings, table)
     return np.ones(table.num_uids, bool)
 
 
@@ -243,6 +259,7 @@ def _recipe(settings: AnySplit, table: Table, keep: np.ndarray) -> dict[str, Any
         "rows": {"scored": len(table.row_ids), "kept": int(keep[table.position].sum())},
         "rescored": len(table.rescored),
         "cut_similarity": table.cut_similarity,
+        **table.notes,
         "inputs": {
             "scores": {"uri": settings.scores, "digest": table.manifest["digest"]},
             "pool": table.manifest["pool"],

@@ -14,7 +14,7 @@ from matplotlib import pyplot
 from clipgap_ray import schema, store
 from clipgap_ray.config.report import ReportSettings
 from clipgap_ray.errors import DataError
-from clipgap_ray.reporting import conclusions, density, figures, galleries, planted, similarity, tables, theme
+from clipgap_ray.reporting import conclusions, density, figures, galleries, joined, planted, similarity, tables, theme
 from clipgap_ray.reporting.study import Study
 from clipgap_ray.stages import report
 from tests.unit.study_fixture import Built, build_study
@@ -167,6 +167,20 @@ def test_group_shift_pools_seeds_without_counting_photos_twice(study) -> None:
     assert 0 < exposure[0]["auc"] < 1
 
 
+def test_the_join_takes_every_arm_beside_what_it_was_trained_on(built, study) -> None:
+    records = {r["arm"]: r for r in joined.joins(study, 20, 0)}
+    groups, classes = np.array(built.tests["counteranimal"].groups), built.tests["counteranimal"].labels
+    kept = np.where(built.keeps["gap-sketch"], built.similarity["counteranimal"], -1).max(axis=1)
+    tau = built.tau["counteranimal"]
+    full = np.maximum(built.similarity["counteranimal"].max(axis=1), tau)
+    for arm, s in (("full", full), ("gap-sketch", np.maximum(kept, tau)), ("supervised · 12k", tau)):
+        means = [[s[(classes == c) & (groups == g)].mean() for g in ("common", "counter")] for c in range(8)]
+        assert records[arm]["exposure"]["difference"] == pytest.approx(np.mean(np.diff(means, axis=1)) * -1)
+    line = joined.flat(records["full"])
+    assert line["drop_pp"] == pytest.approx(tables.group_shift(study, 20, 0)[0]["drop"]["drop_pp"])
+    assert records["full"]["arm"] in conclusions.on_join(list(records.values()))
+
+
 # --- galleries -------------------------------------------------------------------------------------------
 
 
@@ -222,7 +236,8 @@ def test_page_is_self_contained_and_holds_every_section(page) -> None:
     assert all(link.startswith("data:image/") for link in links.loaded)
     anchors = re.findall(r'<section id="([a-z-]+)"', page)
     assert anchors == ["answers", "table", "similarity", "accuracy-similarity", "pruning", "robustness", "galleries",
-                       "gap-check", "density", "removed", "groups", "training", "provenance"]  # fmt: skip
+                       "gap-check", "density", "removed", "groups", "drop-similarity", "training",
+                       "provenance"]  # fmt: skip
     assert "prefers-color-scheme: dark" in page
     assert "NaN" not in re.sub(r"data:[^\"]*", "", page)
     assert len(page) < 20 * 2**20
