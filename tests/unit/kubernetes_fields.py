@@ -78,7 +78,8 @@ POD = {
 REDIS = {"value": str, "valueFrom": {"secretKeyRef": KEY}}
 AUTOSCALER = {
     "resources": RESOURCES, "image": str, "imagePullPolicy": str, "securityContext": SECURITY,
-    "version": Enum("v1", "v2"), "idleTimeoutSeconds": int, "upscalingMode": Enum("Default", "Aggressive", "Conservative"), "env": [ENV],
+    "version": Enum("v1", "v2"), "idleTimeoutSeconds": int, "env": [ENV],
+    "upscalingMode": Enum("Default", "Aggressive", "Conservative"),
 }  # fmt: skip
 HEAD = {"template!": POD, "rayStartParams!": Map(str), "enableIngress": bool,
         "serviceType": Enum("ClusterIP", "NodePort", "LoadBalancer")}  # fmt: skip
