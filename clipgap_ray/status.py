@@ -50,5 +50,9 @@ def _stage(uri: str) -> dict[str, Any]:
 
 def doctor(settings: DoctorSettings) -> dict[str, Any]:
     """Return a description of the environment; exit code 1 when something is wrong."""
+    if settings.cluster:
+        from clipgap_ray.stages import nodes  # Ray only where it is asked for
+
+        return nodes.run()
     report = environment.describe()
     return {**report, "exit_code": 1 if report["problems"] else 0}

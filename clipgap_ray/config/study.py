@@ -175,6 +175,9 @@ class StatusSettings(Settings):
 class DoctorSettings(Settings):
     """Check this environment: versions, the one FAISS, torch beside torchvision, CPUs, GPUs, memory."""
 
+    cluster: bool = False
+    """Compare Python, Ray, torch, FAISS and CUDA on every node of the cluster at RAY_ADDRESS with this driver's."""
+
 
 class DemoSettings(Settings):
     """Run the miniature study (about a quarter of an hour on two cores) and say where its report is."""

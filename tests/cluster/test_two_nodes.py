@@ -84,7 +84,6 @@ def test_dedup_on_two_nodes_equals_dedup_on_one(
     tiny_embeddings: dict[str, str], ray_session: None, tmp_path: Path, temp_dir: str
 ) -> None:
     from clipgap_ray.config.dedup import DedupSettings
-
     from clipgap_ray.stages import dedup
 
     words = {"pool": tiny_embeddings["pool"], "min_similarity": 0.97}
