@@ -3,13 +3,14 @@
 Three measurements of `clipgap embed`'s own driver (`rundir.assign_parts`, `rundir.CommitLog`, `stages.embed.run`):
 
     commit   41,407 commits, one by one, of records that a real shard left: seconds, bytes written, segments
+             (--singly N: only N of them one by one, the others in one segment)
     resume   the same command again with one shard left, in a process of its own: seconds, and memory of that process
     run      (--run) all shards read, encoded and committed by Ray, nothing prepared: seconds, memory
 
 Goal: a resume under 60 s and under 500 MB in the driver. What Python, torch and Ray occupy before the stage starts is
 printed beside it.
 
-    python benchmarks/resume.py [--shards 41408] [--run]
+    python benchmarks/resume.py [--shards 41408] [--singly 41408] [--run]
 """
 
 import argparse
@@ -76,8 +77,8 @@ def child(source: str, out: str, shards: str) -> None:
     }))  # fmt: skip
 
 
-def commit_all_but_one(source: Path, out: Path, number: int) -> dict[str, float]:
-    """Commit records derived from the real ones through the real log, one at a time."""
+def commit_all_but_one(source: Path, out: Path, number: int, singly: int) -> dict[str, float]:
+    """Commit records derived from the real ones through the real log: `singly` of them one at a time."""
     shards = [shard.name for shard in list_shards(str(source))]
     parts = rundir.assign_parts(str(out), shards)
     log = rundir.CommitLog(str(out))
@@ -90,13 +91,17 @@ def commit_all_but_one(source: Path, out: Path, number: int) -> dict[str, float]
         original(uri, data)
 
     store.write_bytes = counted
+    records = [{**model, "part": parts[shard], "shard": shard} for shard in shards[REAL : number - 1]]
     started = time.perf_counter()
-    for shard in shards[REAL : number - 1]:
-        log.append([{**model, "part": parts[shard], "shard": shard}])
+    for record in records[:singly]:
+        log.append([record])
     seconds = time.perf_counter() - started
+    log.append(records[singly:])
     store.write_bytes = original
     segments = len(store.list_names(store.join(str(out), "commits")))
-    return {"seconds": seconds, "written_mb": written[0] / 1e6, "segments": segments}
+    size = len(json.dumps(records[-1]))
+    return {"one_by_one": len(records[:singly]), "seconds": seconds, "written_mb": written[0] / 1e6,
+            "segments": segments, "record_bytes": size}  # fmt: skip
 
 
 def open_log(source: Path, out: Path) -> dict[str, float]:
@@ -117,6 +122,7 @@ def main() -> None:
     """Prepare, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=41_408)
+    parser.add_argument("--singly", type=int, default=1 << 30, help="commits made one by one, default all")
     parser.add_argument("--run", action="store_true", help="all shards through Ray instead of prepared commits")
     parser.add_argument("--folder", default=None, help="where to write, default a temporary folder")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
@@ -132,7 +138,7 @@ def main() -> None:
             print("run     " + line(embed(source, out)))
         else:
             embed(source, out, f"0:{REAL}")
-            print("commit  " + line(commit_all_but_one(source, out, options.shards)))
+            print("commit  " + line(commit_all_but_one(source, out, options.shards, options.singly)))
         print("open    " + line(open_log(source, out)))
         print("resume  " + line(embed(source, out)))
         print("again   " + line(embed(source, out)))
