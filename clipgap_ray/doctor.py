@@ -76,12 +76,16 @@ class Findings:
 
 
 def run(settings: DoctorSettings) -> dict[str, Any]:
-    """Return a description of the environment, or of a source; exit code 1 when something is wrong.
+    """Return a description of the environment, of a source or of every node; exit code 1 when something is wrong.
 
     Raises:
         ConfigError: If the source matches nothing.
         StorageError: If its store cannot be reached.
     """
+    if settings.cluster:
+        from clipgap_ray.stages import nodes  # Ray only where it is asked for
+
+        return nodes.run()
     if not settings.source:
         report = environment.describe()
         return {**report, "exit_code": 1 if report["problems"] else 0}

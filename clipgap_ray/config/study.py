@@ -185,6 +185,14 @@ class DoctorSettings(Settings):
     """Samples to look at in each of them."""
     storage: Storage = StorageSettings()
     """How S3 stores are reached."""
+    cluster: bool = False
+    """Compare Python, Ray, torch, FAISS and CUDA on every node of the cluster at RAY_ADDRESS with this driver's."""
+
+    @pydantic.model_validator(mode="after")
+    def _one(self) -> DoctorSettings:
+        if self.cluster and self.source:
+            raise ConfigError(f"doctor looks into {self.source!r} or at the --cluster, not both", hint="run it twice")
+        return self
 
 
 class DemoSettings(Settings):

@@ -73,7 +73,8 @@ def _joined_row(result: Record) -> list[Any]:
     def with_interval(value: float | None, interval: list[float] | None, style: str = ".1f") -> Any:
         if value is None or interval is None:
             return "–"
-        return (f"{value:{style}}".replace("-", "−"), say.span(*interval, style), False)
+        low, high = interval
+        return (f"{value:{style}}".replace("-", "−"), say.span(low, high, style), False)
 
     split = parts or dict.fromkeys(
         ("explained_pp", "explained_interval_pp", "residual_pp", "residual_interval_pp", "share")

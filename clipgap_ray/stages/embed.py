@@ -28,7 +28,7 @@ from clipgap_ray.shards import estimate_rows
 from clipgap_ray.sources import Shard, list_shards
 from clipgap_ray.stages import budget
 from clipgap_ray.stages.embed_read import ReadPlan, ShardDatasource, from_stream, read_chunks
-from clipgap_ray.stages.session import Progress, connect, logger, physical_cpus, resolve_device
+from clipgap_ray.stages.session import Progress, cluster_gpus, connect, logger, physical_cpus, resolve_device
 
 WINDOW_SHARDS = 4096  # shards per Ray Data execution: bounds the driver's plan at 41,408 shards
 BLOCK_BYTES = 16 << 20  # small blocks: chunks reach the encoders while their shard is still being read
@@ -163,7 +163,7 @@ def _chunks(
     context.print_on_execution_start = False
     context.target_max_block_size = BLOCK_BYTES
     gpus = 1.0 if encoder.device == "cuda" else 0.0
-    workers = settings.workers or int(ray.cluster_resources().get("GPU", 0) if gpus else physical_cpus())
+    workers = settings.workers or (cluster_gpus() if gpus else physical_cpus())
     dataset = ray.data.read_datasource(
         ShardDatasource(window, plan), override_num_blocks=len(window), num_cpus=READ_CPUS
     ).map_batches(

@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 LOCAL_CPUS = 4  # logical: Ray does not pin cores, and stages ask for fractions, so two cores are enough
 LOG_EVERY_S = 10.0
+MOST_TASKS = 4096  # in flight, where the autoscaler knows no limit
 
 logger = logging.getLogger("clipgap")
 
@@ -78,18 +79,33 @@ def cluster_cpus() -> float:
     return max(1.0, ray.cluster_resources().get("CPU", 1.0))
 
 
+def launchable(resource: str) -> int:
+    """Return how much of a resource ("CPU", "GPU") the autoscaler may bring up in all; 0 where there is none.
+
+    Work has to be sized by this: a cluster that starts at zero adds nodes only for what waits.
+    """
+    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return min(MOST_TASKS, int(limits.get(resource, 0)))
+
+
 def physical_cpus() -> int:
-    """Return the cores that are really there: logical CPUs of a private cluster exceed them."""
-    return max(1, min(int(cluster_cpus()), (os.cpu_count() or 1) * len(ray.nodes())))
+    """Return the cores to keep busy: those really there (logical CPUs of a private cluster exceed them), or to come."""
+    here = min(int(cluster_cpus()), (os.cpu_count() or 1) * len(ray.nodes()))
+    return max(1, here, launchable("CPU"))
+
+
+def cluster_gpus() -> int:
+    """Return the GPUs that the cluster has or can launch."""
+    return max(int(ray.cluster_resources().get("GPU", 0)), launchable("GPU"))
 
 
 def resolve_device(device: str) -> str:
-    """Resolve "auto" against what the cluster has.
+    """Resolve "auto" against what the cluster has or can launch.
 
     Raises:
-        ConfigError: If "cuda" was asked for and no node has a GPU.
+        ConfigError: If "cuda" was asked for and no node has a GPU, or could have one.
     """
-    gpus = ray.cluster_resources().get("GPU", 0)
+    gpus = cluster_gpus()
     if device == "cuda" and not gpus:
         raise ConfigError("device is 'cuda', but no node of the cluster has a GPU", hint="use --device auto or cpu")
     if device == "auto":
@@ -103,7 +119,7 @@ def bounded(submit: Callable[[T], Any], items: Iterable[T], limit: int = 0) -> I
     Args:
         submit: Starts the task of an item and returns its object reference.
         items: What to work on; taken lazily, in order.
-        limit: Tasks in flight; 0 = one per core that is really there.
+        limit: Tasks in flight; 0 = one per core that is there or can be launched.
 
     Raises:
         The task's own error, without Ray's wrapping, when it is one of ours.

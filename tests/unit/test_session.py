@@ -1,0 +1,49 @@
+"""Sizing work by what a cluster has, and by what its autoscaler may bring."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from clipgap_ray.errors import ConfigError
+from clipgap_ray.stages import session
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A pretended cluster: cluster(has, may) sets what is there and what the autoscaler may launch in all."""
+
+    def pretend(has, may, nodes=1):
+        state = SimpleNamespace(get_max_resources_from_cluster_config=lambda: may)
+        monkeypatch.setattr(session.ray._private, "state", SimpleNamespace(state=state))
+        monkeypatch.setattr(session.ray, "cluster_resources", lambda: has)
+        monkeypatch.setattr(session.ray, "nodes", lambda: [{}] * nodes)
+        monkeypatch.setattr(session.os, "cpu_count", lambda: 2)
+
+    return pretend
+
+
+def test_without_autoscaler_the_real_cores_count_not_the_logical_ones(cluster):
+    cluster({"CPU": 4.0}, None)
+    assert session.physical_cpus() == 2
+    cluster({"CPU": 4.0}, None, nodes=2)
+    assert session.physical_cpus() == 4
+
+
+def test_a_head_without_work_counts_what_may_come(cluster):
+    cluster({}, {"CPU": 144, "GPU": 2})
+    assert session.physical_cpus() == 144
+    assert session.cluster_gpus() == 2
+    assert session.resolve_device("auto") == session.resolve_device("cuda") == "cuda"
+
+
+def test_without_gpus_now_or_later(cluster):
+    cluster({"CPU": 2.0}, {"CPU": 32})
+    assert session.resolve_device("auto") == "cpu"
+    with pytest.raises(ConfigError, match="no node of the cluster has a GPU"):
+        session.resolve_device("cuda")
+
+
+def test_an_autoscaler_without_limit_is_given_one(cluster):
+    cluster({}, {"CPU": sys.maxsize})
+    assert session.physical_cpus() == session.MOST_TASKS
