@@ -265,8 +265,8 @@ def test_the_same_records_give_the_same_figure(built, study, page) -> None:
 @pytest.mark.parametrize(
     ("gone", "missing"),
     [
-        ("eval", {"table", "accuracy-similarity", "pruning", "robustness", "groups"}),
-        ("scores", {"similarity", "accuracy-similarity", "galleries", "removed"}),
+        ("eval", {"table", "accuracy-similarity", "pruning", "robustness", "groups", "drop-similarity"}),
+        ("scores", {"similarity", "accuracy-similarity", "galleries", "removed", "drop-similarity"}),
         ("gaps", {"gap-check", "density"}),
         ("runs", {"training"}),
         ("world", set()),
