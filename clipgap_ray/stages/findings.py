@@ -25,10 +25,7 @@ def run(study: str, assert_effects: bool) -> list[dict[str, Any]]:
         assert_effects: Fail on a statistical finding, too.
 
     Returns:
-        Records {finding, holds, asserted, numbers}.
-
-    Raises:
-        DataError: If an asserted finding does not hold.
+        Records {finding, holds, asserted, numbers}; `check` raises for those that are asserted and do not hold.
     """
     info = store.read_json(f"{study}/study.json")
     recipes = {name: store.read_json(f"{study}/splits/{name}.recipe.json") for name in info["splits"]}
@@ -44,13 +41,21 @@ def run(study: str, assert_effects: bool) -> list[dict[str, Any]]:
         and _accuracies(study, info, recipe["name"], "", "pool+reference")
     ]
     store.write_json(f"{study}/report/findings.json", records)
+    return records
+
+
+def check(study: str, records: list[dict[str, Any]]) -> None:
+    """Fail on the first asserted finding that does not hold; a study does so after its report is written.
+
+    Raises:
+        DataError: With the finding and its numbers.
+    """
     failed = [record for record in records if record["asserted"] and not record["holds"]]
     if failed:
         raise DataError(
             f"{study}: {len(failed)} findings do not hold, first: {failed[0]['finding']}: {failed[0]['numbers']}",
             hint=f"see {study}/report/findings.json",
         )
-    return records
 
 
 def _gap(study: str, name: str, recipe: dict[str, Any]) -> dict[str, Any]:

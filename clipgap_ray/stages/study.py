@@ -63,6 +63,7 @@ def run(settings: RunSettings) -> rundir.Summary:
     page = report.run(ReportSettings(study=out))
     _step("index")
     index.run(IndexSettings(embeddings=f"{out}/embed/pool", out=f"{out}/index", shards=file.index_shards))
+    findings.check(out, found)
     summary = rundir.Summary("run", seconds=time.monotonic() - started)
     summary.extra = {"report": page.extra.get("page", f"{out}/report/index.html"), "splits": splits, "findings": found}
     logger.info("study %s is complete: open %s", file.name, summary.extra["report"])

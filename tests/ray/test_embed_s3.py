@@ -16,7 +16,6 @@ from clipgap_ray.config.embed import EmbedSettings
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.stages import embed
 from tests import made, s3_server
-from tests.ray.test_kill_resume import drive  # noqa: F401  a fixture
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 KINDS = ("img_emb", "text_emb", "metadata", "ledger")
@@ -90,10 +89,10 @@ def test_an_interrupted_run_is_continued(
 def test_a_killed_run_is_continued(
     s3: s3_server.S3Server,
     tiny_embeddings: dict[str, str],
-    drive: Any,  # noqa: F811
+    drive: Any,
 ) -> None:
     s3.fail_every = {"error": 23, "cut": 11}
-    dead = drive(embed, settings(s3), kill=True)
+    dead = drive(embed, settings(s3), kill="commits")
     assert dead.finish() == -signal.SIGKILL, dead.said()
     assert "lease" in s3.objects("bucket", "emb/")
     heir = drive(embed, settings(s3))

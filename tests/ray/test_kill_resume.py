@@ -48,7 +48,10 @@ def test_score(drive: Any, tiny_embeddings: dict[str, str], tiny_scores: str, tm
     assert manifests[0] == manifests[1]
 
 
-@pytest.mark.parametrize("mode", [{}, {"mode": "partitioned", "partitions": 8, "also": [0.9], "stays": "hard"}])
+PARTITIONED = {"mode": "partitioned", "partitions": 8, "also": [0.9], "stays": "hard"}
+
+
+@pytest.mark.parametrize("mode", [{}, pytest.param(PARTITIONED, marks=pytest.mark.slow)])
 def test_dedup(drive: Any, tiny_embeddings: dict[str, str], tmp_path: Path, mode: dict[str, Any]) -> None:
     words = {"pool": tiny_embeddings["pool"], "min_similarity": 0.97, **mode}
     dedup.run(DedupSettings(**words, out=str(tmp_path / "whole")))

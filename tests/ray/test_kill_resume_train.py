@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 def test_train(drive: Any, tiny_world: made.World, tmp_path: Path) -> None:
     words = {
         "source": tiny_world.path("pool"), "model": "conv-64-test", "batch_size": 8, "workers": 2, "warmup": 2,
-        "num_samples": 16 * 30, "checkpoint_every": 3, "samples": str(tmp_path / "samples"),
+        "num_samples": 16 * 20, "checkpoint_every": 5, "samples": str(tmp_path / "samples"),
     }  # fmt: skip
     whole, cut = (TrainSettings(**words, out=str(tmp_path / name)) for name in ("whole", "cut"))
     train.run(whole)
@@ -46,10 +46,10 @@ def test_train(drive: Any, tiny_world: made.World, tmp_path: Path) -> None:
     starts = json.loads(Path(cut.out, "summary.json").read_text())["starts"]
     assert starts[0] == 0
     assert len(starts) == 2
-    assert starts[1] >= 3, "the second driver began from the start"
+    assert starts[1] >= 5, "the second driver began from the start"
     expected, found = history(whole), history(cut)
-    assert [row["step"] for row in found] == [row["step"] for row in expected] == [10, 20, 30]
+    assert [row["step"] for row in found] == [row["step"] for row in expected] == [10, 20]
     for one, other in zip(expected, found, strict=True):
         assert one["lr"] == other["lr"]
         assert abs(one["loss"] - other["loss"]) <= RESUME_LOSS_TOLERANCE
-    assert len({row["loss"] for row in expected}) == 3
+    assert len({row["loss"] for row in expected}) == 2

@@ -173,6 +173,7 @@ def test_an_index_of_another_encoder_is_refused_at_start(index: str, monkeypatch
         build_app({"index": [f"pool={index}"]})
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_curl_line_that_works_and_stops_on_a_signal(index: str) -> None:
     settings = {"index": [f"pool={index}"], "port": _free_port()}
     code = (

@@ -88,6 +88,7 @@ def test_evaluate_runs_on_the_run_directory(
     assert evaluate.run(settings).kept == 48
 
 
+@pytest.mark.slow
 def test_a_supervised_run_is_evaluated_by_its_head(tiny_world: made.World, tmp_path: Path) -> None:
     reference = tiny_world.path("reference")
     run = str(tmp_path / "run")
