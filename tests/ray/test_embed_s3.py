@@ -43,6 +43,7 @@ def check_equal(s3: s3_server.S3Server, local: str) -> None:
         assert s3.objects("bucket", f"emb/{kind}/") == made.files_below(f"{local}/{kind}")
 
 
+@pytest.mark.slow
 def test_bytes_equal_a_local_run_through_errors_and_cuts(
     s3: s3_server.S3Server, tiny_embeddings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
