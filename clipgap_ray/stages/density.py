@@ -55,6 +55,8 @@ def edges_outside_the_hull(
     ]
     reference, queries = np.concatenate(curves), np.concatenate(rows)
     hint = f"lower --neighbours ({neighbours})"
+    if len(reference) and not np.isfinite(reference[:, -1]).all():  # no floor: every row of the pool would pass
+        raise ConfigError(f"the reference has fewer than {neighbours} rows: there is no curve to match", hint=hint)
     return *edges_above(table, queries, reference[:, -1], hint), reference
 
 
@@ -77,28 +79,33 @@ def edges_above(
     """
     pool = EmbeddingSet.open(table.manifest["pool"]["uri"])
     connect()
-    shared = ray.put((pool, queries, floor))
+    shared = ray.put((pool, queries, floor, hint))
     task = ray.remote(num_cpus=1)(_edges_of_group)
     groups = list(pool.groups(GROUP_BYTES))
     progress = Progress("edges", len(groups), "groups of parts")
     found, total = [], 0
     for edges in bounded(lambda group: task.remote(shared, group), groups):
         found.append(edges)
-        total += len(edges[0])
+        total = _within_limit(total + len(edges[0]), hint)
         progress.advance(rows=len(edges[0]))
-        if total > MAX_EDGES:
-            raise ConfigError(f"more than {MAX_EDGES:,} pairs of a pool row and a test image pass", hint=hint)
     progress.close()
     row_ids, query, similarity = (np.concatenate(columns) for columns in zip(*found, strict=True))
     return _per_uid(table, row_ids, query, similarity)
 
 
+def _within_limit(total: int, hint: str) -> int:
+    if total > MAX_EDGES:
+        raise ConfigError(f"more than {MAX_EDGES:,} pairs of a pool row and a test image pass", hint=hint)
+    return total
+
+
 def _edges_of_group(shared: Any, group: list[Part]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    pool, queries, floor = shared
-    edges = []
+    pool, queries, floor, hint = shared
+    edges, total = [], 0
     for part in group:
         row, query, similarity = nearest.above(np.asarray(pool.images(part.number)), queries, floor)
         edges.append((schema.row_ids(part.number, part.num_rows)[row], query, similarity))
+        total = _within_limit(total + len(row), hint)
     row_ids, query, similarity = (np.concatenate(columns) for columns in zip(*edges, strict=True))
     return row_ids, query, similarity
 

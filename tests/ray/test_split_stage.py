@@ -305,6 +305,12 @@ def test_density_matching_needs_the_reference_s_embeddings(
         split.run(DensityMatch(scores=str(tmp_path / "s"), out=str(tmp_path / "a.npy"), test=("val",)))
 
 
+def test_a_reference_smaller_than_the_curve_is_named(tiny_scores: str, tmp_path: Path) -> None:
+    settings = DensityMatch(scores=tiny_scores, out=str(tmp_path / "a.npy"), test=("val",), neighbours=500)
+    with pytest.raises(ConfigError, match="the reference has fewer than 500 rows"):
+        split.run(settings)
+
+
 # --- preview -----------------------------------------------------------------------------------------------
 
 
