@@ -15,6 +15,7 @@ itself: s3fs repeats a request that failed, but gives up on some errors of HTTP 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -226,25 +227,43 @@ def atomic_file(uri: str) -> Iterator[IO[bytes]]:
 
     Yields:
         A binary, seekable local file: the temporary beside a local target, or a spool that is uploaded at the end.
+
+    Raises:
+        StorageError: If the disk is full; nothing of the file remains.
     """
     fs, path = filesystem(uri)
     if not is_local(uri):
-        with tempfile.NamedTemporaryFile(prefix="clipgap-upload-") as spool:
+        with (
+            _room(f"{tempfile.gettempdir()} (for {uri})"),
+            tempfile.NamedTemporaryFile(prefix="clipgap-upload-") as spool,
+        ):
             yield spool
             spool.flush()
             patiently(uri, lambda: fs.put_file(spool.name, path))
         return
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with _room(uri):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "w+b") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # a full disk may be known only now
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _room(place: str) -> Iterator[None]:
     try:
-        with open(temporary, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        hint = "free some space; running the same command again continues"
+        raise StorageError(f"{place}: {os.strerror(error.errno).lower()}", hint) from None
 
 
 def sha256(data: bytes) -> str:

@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 LOCAL_CPUS = 4  # logical: Ray does not pin cores, and stages ask for fractions, so two cores are enough
 LOG_EVERY_S = 10.0
+START_ATTEMPTS = 3
 MOST_TASKS = 4096  # in flight, where the autoscaler knows no limit
 
 logger = logging.getLogger("clipgap")
@@ -45,6 +46,22 @@ def connect() -> None:
 
 
 def _start_private() -> None:
+    """Ray gives its own processes 30 seconds, which is little where two cores are busy with something else."""
+    for attempt in range(START_ATTEMPTS):
+        try:
+            return _init_private()
+        except Exception as error:  # Ray raises the bare class
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            if attempt == START_ATTEMPTS - 1:
+                raise ClipgapError(
+                    f"Ray did not start on this machine: {START_ATTEMPTS} attempts of 30 seconds",
+                    hint="something else keeps the machine busy: wait for it, or stop it",
+                ) from None
+
+
+def _init_private() -> None:
     ray.init(
         num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1),
         include_dashboard=False,

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from clipgap_ray.errors import ConfigError
+from clipgap_ray.errors import ClipgapError, ConfigError
 from clipgap_ray.stages import session
 
 
@@ -47,3 +47,25 @@ def test_without_gpus_now_or_later(cluster):
 def test_an_autoscaler_without_limit_is_given_one(cluster):
     cluster({}, {"CPU": sys.maxsize})
     assert session.physical_cpus() == session.MOST_TASKS
+
+
+def test_a_slow_start_of_ray_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def start() -> None:
+        calls.append(1)
+        if len(calls) < 3:
+            raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(session, "_init_private", start)
+    session._start_private()
+    assert len(calls) == 3
+
+
+def test_a_ray_that_never_starts_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start() -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(session, "_init_private", start)
+    with pytest.raises(ClipgapError, match="Ray did not start on this machine"):
+        session._start_private()

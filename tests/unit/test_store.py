@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from clipgap_ray import store
-from clipgap_ray.errors import DataError
+from clipgap_ray.errors import DataError, StorageError
 
 
 def test_a_write_replaces_the_whole_file(tmp_path: Path) -> None:
@@ -100,6 +101,18 @@ def test_digest_ignores_the_order_of_keys_and_nothing_else() -> None:
     assert store.digest({"a": 1, "b": 2}) == store.digest({"b": 2, "a": 1})
     assert store.digest({"a": 1}) != store.digest({"a": 1.5})
     assert store.digest([1, 2]) != store.digest([2, 1])
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def fail(_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    uri = str(tmp_path / "file")
+    with pytest.raises(StorageError, match=rf"{uri}: (no space left|disk quota).*\nhint: free some space"):
+        store.write_bytes(uri, b"new")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(
