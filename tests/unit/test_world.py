@@ -247,8 +247,8 @@ def test_styles_of_the_sets(world: World) -> None:
     assert {row["style"] for row in world.of("r")} == {"cartoon", "painting", "silhouette"}
     pool = Counter(row["style"] for row in world.of("pool"))
     # Binomial with n = 1,200: four standard deviations are below 0.06.
-    assert pool["photo"] / SPEC.rows == pytest.approx(0.70 * 0.96, abs=0.06)
-    assert pool["sketch"] / SPEC.rows == pytest.approx(0.12 * 0.96, abs=0.04)
+    assert pool["photo"] / SPEC.rows == pytest.approx(0.85 * 0.96, abs=0.06)
+    assert pool["sketch"] / SPEC.rows == pytest.approx(0.06 * 0.96, abs=0.03)
     assert pool["abstract"] / SPEC.rows == pytest.approx(0.04, abs=0.025)
 
 
