@@ -18,57 +18,18 @@ Rejected: one streaming pass like the resharder's (an output tar would depend on
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 
-from clipgap_ray import blocklist, idlists, rundir, schema, store
+from clipgap_ray import blocklist, idlists, rundir, store
 from clipgap_ray.config.export import ExportSettings
 from clipgap_ray.errors import ConfigError, DataError
-from clipgap_ray.kernels import subsets
-from clipgap_ray.shards import Sample, read_shard
 from clipgap_ray.sources import Shard, list_shards
+from clipgap_ray.stages import export_copy, export_index
 from clipgap_ray.stages.session import Progress, bounded, connect, logger
 
-SHARD_FORMAT = "{:08d}.tar"
-STATS_FORMAT = "{:08d}_stats.json"
 EXIT_MISSING = 3
-TASK_CPUS = 0.5  # copying waits for disks and networks
-
-# index/samples/part-00000.parquet: the samples of one input tar that are in the split, in the order of the tar.
-INDEX = pa.schema(
-    [
-        ("position", pa.int64()),  # of the uid in the split
-        ("uid", pa.string()),
-        ("key", pa.string()),
-        ("reason", pa.string()),  # "" = exported, else why not
-        ("has_uid", pa.bool_()),  # the json says the uid
-        ("suffixes", pa.list_(pa.string())),
-        ("offsets", pa.list_(pa.int64())),
-        ("sizes", pa.list_(pa.int64())),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A run of exported samples of one input tar: rows `start` to `stop` of its index, and which are second copies."""
-
-    part: int
-    uri: str
-    num_bytes: int  # of the tar when it was indexed
-    start: int
-    stop: int
-    copies: dict[int, int] = field(default_factory=dict)  # row -> copy number, where it is not 0
 
 
 def run(settings: ExportSettings) -> rundir.Summary:
@@ -90,8 +51,8 @@ def run(settings: ExportSettings) -> rundir.Summary:
     }
     guarded = {**inputs, "shard_size": settings.shard_size, "write_uid": settings.write_uid}
     with rundir.RunDirectory(settings.out, "export", guarded) as directory:
-        records = _index(directory.path("index"), shards, split, blocked, inputs, settings.workers)
-        places = Placement(directory.path("index"), shards, records, split)
+        records = export_index.build(directory.path("index"), shards, split, blocked, inputs, settings.workers)
+        places = export_index.Placement(directory.path("index"), shards, records, split)
         _announce(settings, places, records)
         _copy(directory, places.outputs(settings.shard_size), settings)
         return _finish(directory, settings, places, records)
@@ -111,151 +72,7 @@ def _tars(settings: ExportSettings) -> list[Shard]:
     return shards
 
 
-# --- first pass: where the samples of the split lie ------------------------------------------------------
-
-
-def _index(
-    uri: str,
-    shards: list[Shard],
-    split: np.ndarray,
-    blocked: blocklist.Blocklist | None,
-    inputs: dict[str, Any],
-    workers: int,
-) -> dict[int, dict[str, Any]]:
-    """Index every input tar; return the commit record of each part."""
-    with rundir.RunDirectory(uri, "export-index", inputs) as directory:
-        parts = rundir.assign_parts(directory.uri, [shard.name for shard in shards])
-        todo = [shard for shard in shards if parts[shard.name] not in directory.log.records]
-        if todo:
-            connect()
-            shared = ray.put((np.asarray(split), blocked))  # one copy per node, read in place
-            task = ray.remote(num_cpus=TASK_CPUS)(_index_shard)
-            progress = Progress("export: index", len(shards), "shards", done=len(shards) - len(todo))
-            submit = lambda shard: task.remote(directory.uri, parts[shard.name], shard, shared)  # noqa: E731
-            for record in bounded(submit, todo, workers):
-                directory.log.append([record])
-                progress.advance(rows=record["read"])
-            progress.close()
-        directory.finish(inputs)
-        return directory.log.records
-
-
-def _index_shard(
-    uri: str, part: int, shard: Shard, shared: tuple[np.ndarray, blocklist.Blocklist | None]
-) -> dict[str, Any]:
-    """Write the index of one input tar; returns its commit record."""
-    split, blocked = shared
-    wants_sha = blocked is not None and len(blocked.sha256) > 0
-    samples: list[Sample] = []
-    reasons: list[str] = []
-    dropped: dict[str, int] = {}
-    for item in read_shard(shard, images=wants_sha):
-        if isinstance(item, Sample):
-            sha256 = item.sha256 if wants_sha else ""
-            reasons.append(blocked.reason(item.uid, sha256, item.url) if blocked else "")
-            item.image = b""
-            samples.append(item)
-        elif item.is_sample:
-            dropped[item.reason] = dropped.get(item.reason, 0) + 1
-    uids = schema.pack_uids([sample.uid for sample in samples])
-    positions = subsets.find(split, uids)
-    rows = [
-        _index_row(sample, at, reason)
-        for sample, at, reason in zip(samples, positions.tolist(), reasons, strict=True)
-        if at >= 0
-    ]
-    for reason in (row["reason"] for row in rows if row["reason"]):
-        dropped[reason] = dropped.get(reason, 0) + 1
-    if len(rows) < len(samples):
-        dropped["not_in_split"] = len(samples) - len(rows)
-    data = store.table_bytes(pa.Table.from_pylist(rows, schema=INDEX))
-    store.write_bytes(store.join(uri, _index_file(part)), data)
-    kept = sum(not row["reason"] for row in rows)
-    return {
-        "part": part,
-        "read": kept + sum(dropped.values()),
-        "kept": kept,
-        "dropped": dropped,
-        "without_uid": sum(not row["has_uid"] and not row["reason"] for row in rows),
-        "bytes": store.size(shard.uri),
-        "files": {"samples": store.sha256(data)},
-    }
-
-
-def _index_row(sample: Sample, position: int, reason: str) -> dict[str, Any]:
-    return {
-        "position": position,
-        "uid": sample.uid,
-        "key": sample.key,
-        "reason": reason,
-        "has_uid": str(sample.fields.get("uid", "")).lower() == sample.uid,
-        "suffixes": [member.suffix for member in sample.members],
-        "offsets": [member.offset for member in sample.members],
-        "sizes": [member.size for member in sample.members],
-    }
-
-
-def _index_file(part: int) -> str:
-    return f"samples/part-{part:05d}.parquet"
-
-
-# --- from counts to places -------------------------------------------------------------------------------
-
-
-class Placement:
-    """Which sample goes where: source order, cut into output tars; copies of a uid numbered in that order.
-
-    Attributes:
-        found: (u,) bool, uids of the split with at least one exported sample.
-        blocked: (u,) bool, uids of the split with none, because of the blocklist.
-        num_rows: Exported samples.
-        num_copies: Exported samples beyond the first of their uid.
-    """
-
-    def __init__(self, uri: str, shards: list[Shard], records: dict[int, dict[str, Any]], split: np.ndarray) -> None:
-        self._shards = shards  # part numbers are positions: the guard holds the list of shards fixed
-        self._records = records
-        self.found = np.zeros(len(split), bool)
-        self.blocked = np.zeros(len(split), bool)
-        self._copies: dict[int, dict[int, int]] = {}
-        copies_of: dict[int, int] = {}  # only of uids that repeat
-        for part in range(len(shards)):
-            table = store.read_table(store.join(uri, _index_file(part)), ["position", "reason"])
-            position = table.column("position").to_numpy()
-            stays = np.array([not reason for reason in table.column("reason").to_pylist()], bool)
-            self.blocked[position[~stays]] = True
-            position = position[stays]
-            first = np.zeros(len(position), bool)
-            first[np.unique(position, return_index=True)[1]] = True
-            again = np.nonzero(~(first & ~self.found[position]))[0]
-            self.found[position] = True
-            for row in again.tolist():
-                at = int(position[row])
-                copies_of[at] = copies_of.get(at, 0) + 1
-                self._copies.setdefault(part, {})[row] = copies_of[at]
-        self.blocked &= ~self.found
-        self.num_rows = sum(record["kept"] for record in records.values())
-        self.num_copies = sum(copies_of.values())
-
-    def outputs(self, shard_size: int) -> list[list[Slice]]:
-        """Return the slices of every output tar, in order."""
-        outputs: list[list[Slice]] = []
-        room = 0
-        for part, shard in enumerate(self._shards):
-            start, kept = 0, self._records[part]["kept"]
-            while start < kept:
-                if room == 0:
-                    outputs.append([])
-                    room = shard_size
-                stop = min(kept, start + room)
-                copies = {row: n for row, n in self._copies.get(part, {}).items() if start <= row < stop}
-                outputs[-1].append(Slice(part, shard.uri, self._records[part]["bytes"], start, stop, copies))
-                room -= stop - start
-                start = stop
-        return outputs
-
-
-def _announce(settings: ExportSettings, places: Placement, records: dict[int, dict[str, Any]]) -> None:
+def _announce(settings: ExportSettings, places: export_index.Placement, records: dict[int, dict[str, Any]]) -> None:
     num_uids, num_found, num_blocked = len(places.found), int(places.found.sum()), int(places.blocked.sum())
     if not num_found:
         raise DataError(
@@ -282,12 +99,12 @@ def _announce(settings: ExportSettings, places: Placement, records: dict[int, di
 # --- second pass: copy -----------------------------------------------------------------------------------
 
 
-def _copy(directory: rundir.RunDirectory, outputs: list[list[Slice]], settings: ExportSettings) -> None:
+def _copy(directory: rundir.RunDirectory, outputs: list[list[export_index.Slice]], settings: ExportSettings) -> None:
     todo = [number for number in range(len(outputs)) if number not in directory.log.records]
     if not todo:
         return
     connect()
-    task = ray.remote(num_cpus=TASK_CPUS)(_write_shard)
+    task = ray.remote(num_cpus=export_index.TASK_CPUS)(export_copy.write_shard)
     progress = Progress("export", len(outputs), "shards", done=len(outputs) - len(todo))
     submit = lambda number: task.remote(directory.uri, number, outputs[number], settings.write_uid)  # noqa: E731
     for record in bounded(submit, todo, settings.workers):
@@ -296,100 +113,18 @@ def _copy(directory: rundir.RunDirectory, outputs: list[list[Slice]], settings: 
     progress.close()
 
 
-def _write_shard(uri: str, number: int, slices: list[Slice], write_uid: bool) -> dict[str, Any]:
-    """Write one output tar and its stats; returns the commit record."""
-    count = 0
-    notes: dict[str, int] = {}
-    with store.atomic_file(store.join(uri, SHARD_FORMAT.format(number))) as file:
-        hashing = _Hashing(file)
-        with tarfile.open(fileobj=hashing, mode="w", format=tarfile.PAX_FORMAT) as tar:  # type: ignore[call-overload]
-            for piece in slices:
-                for stem, members in _samples(uri, piece, write_uid, notes):
-                    for suffix, data in members:
-                        _add(tar, f"{stem}.{suffix}" if suffix else stem, data)
-                    count += 1
-    stats = json.dumps({"successes": count}).encode()
-    store.write_bytes(store.join(uri, STATS_FORMAT.format(number)), stats)
-    files = {"tar": hashing.hash.hexdigest(), "stats": store.sha256(stats)}
-    return {"part": number, "read": count, "kept": count, "notes": notes, "files": files}
-
-
-class _Hashing:
-    """What tarfile needs of a file it writes, hashing what is written."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.hash = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.hash.update(data)
-        return self.file.write(data)
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Add a member with a deterministic header: TarInfo's own mtime 0, owner 0, mode 0644."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
-
-
-def _samples(
-    uri: str, piece: Slice, write_uid: bool, notes: dict[str, int]
-) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
-    """Yield (stem, [(suffix, bytes), ...]) of a slice, members in the order of the input tar."""
-    table = store.read_table(store.join(uri, "index", _index_file(piece.part)))
-    exported = table.filter(pc.equal(table.column("reason"), ""))
-    rows = exported.slice(piece.start, piece.stop - piece.start).to_pylist()
-    fs, path = store.filesystem(piece.uri)
-    if (size := store.size(piece.uri)) != piece.num_bytes:
-        raise DataError(
-            f"{piece.uri} has {size} bytes, but had {piece.num_bytes} when it was indexed",
-            hint="the source changed meanwhile: export into another --out",
-        )
-    with fs.open(path, "rb") as file:
-        for number, row in enumerate(rows, piece.start):
-            members = list(zip(row["suffixes"], _read(file, row, piece.uri), strict=True))
-            if write_uid and not row["has_uid"]:
-                members = _with_uid(members, row["uid"], notes)
-            yield f"{row['uid']}-{piece.copies.get(number, 0)}", members
-
-
-def _read(file: IO[bytes], row: dict[str, Any], uri: str) -> Iterator[bytes]:
-    for offset, size in zip(row["offsets"], row["sizes"], strict=True):
-        file.seek(offset)
-        data = file.read(size)
-        if len(data) != size:
-            raise DataError(f"{uri}: {len(data)} of {size} bytes at {offset} for sample {row['key']}")
-        yield data
-
-
-def _with_uid(members: list[tuple[str, bytes]], uid: str, notes: dict[str, int]) -> list[tuple[str, bytes]]:
-    """Put the uid into the json member; add one where there is none or where it is no JSON object (counted)."""
-    at = next((i for i, (suffix, _) in enumerate(members) if suffix.lower() == "json"), None)
-    fields: dict[str, Any] = {}
-    note = "uid_added"
-    if at is not None:
-        try:
-            loaded = json.loads(members[at][1])
-        except ValueError:
-            loaded = None
-        fields, note = (loaded, "uid_written") if isinstance(loaded, dict) else ({}, "bad_json_replaced")
-    notes[note] = notes.get(note, 0) + 1
-    member = (members[at][0] if at is not None else "json", json.dumps({**fields, "uid": uid}).encode())
-    return [*members, member] if at is None else [*members[:at], member, *members[at + 1 :]]
-
-
 # --- the directory as a whole ----------------------------------------------------------------------------
 
 
 def _finish(
-    directory: rundir.RunDirectory, settings: ExportSettings, places: Placement, records: dict[int, dict[str, Any]]
+    directory: rundir.RunDirectory,
+    settings: ExportSettings,
+    places: export_index.Placement,
+    records: dict[int, dict[str, Any]],
 ) -> rundir.Summary:
     """Check the counts, write what DataComp's tools read beside the tars, and close the directory."""
-    sizes = {SHARD_FORMAT.format(n): directory.log.records[n]["kept"] for n in sorted(directory.log.records)}
+    written = directory.log.records
+    sizes = {export_copy.SHARD_FORMAT.format(n): written[n]["kept"] for n in sorted(written)}
     if sum(sizes.values()) != places.num_rows:
         raise DataError(f"{settings.out}: wrote {sum(sizes.values())} samples, the index holds {places.num_rows}")
     split = idlists.read_subset(settings.split)
@@ -429,8 +164,8 @@ def _meta(settings: ExportSettings, num_shards: int, num_samples: int, num_read:
         "input_dir": settings.source,
         "subset_file": settings.split,
         "shard_size": str(settings.shard_size),
-        "output_shard_format": SHARD_FORMAT,
-        "output_shard_stats_format": STATS_FORMAT,
+        "output_shard_format": export_copy.SHARD_FORMAT,
+        "output_shard_stats_format": export_copy.STATS_FORMAT,
         "shard_table": "sizes.json",
         "write_uid": str(settings.write_uid),
         "blocklist": settings.blocklist or "None",

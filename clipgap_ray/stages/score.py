@@ -30,7 +30,7 @@ from clipgap_ray.embeddings import EmbeddingSet, Part
 from clipgap_ray.errors import ConfigError, DataError, StaleOutputError
 from clipgap_ray.kernels import nearest
 from clipgap_ray.stages.keep import read_keep
-from clipgap_ray.stages.session import Progress, bounded, connect, physical_cpus, resolve_device
+from clipgap_ray.stages.session import Progress, bounded, cluster_gpus, connect, physical_cpus, resolve_device
 from clipgap_ray.stages.thresholds import Tests, load_tests, tau_digest, thresholds_path
 
 Keep = dict[int, np.ndarray]  # part -> (rows,) bool, True = stays
@@ -39,7 +39,7 @@ logger = logging.getLogger("clipgap")
 
 QUERY_SHARE = 0.008  # of the embeddings read
 GROUP_BYTES = 1 << 28
-GROUPS_PER_CPU = 2
+GROUPS_PER_WORKER = 2
 
 
 def run(settings: ScoreSettings) -> rundir.Summary:
@@ -249,7 +249,7 @@ def _score_groups(
     connect()
     device = resolve_device(settings.device)
     left = EmbeddingSet(pool.uri, pool.manifest, parts)
-    groups = list(left.groups(settings.group_bytes or _group_bytes(left)))
+    groups = list(left.groups(settings.group_bytes or _group_bytes(left, len(tests.queries.rows), settings.k, device)))
     task = ray.remote(num_cpus=1, num_gpus=1 if device == "cuda" else 0)(_score_group)
     shared = ray.put(Shared(settings.out, left, tests.names, tests.queries, settings.k, settings.violations, device))
 
@@ -260,9 +260,16 @@ def _score_groups(
     yield from bounded(submit, groups)
 
 
-def _group_bytes(pool: EmbeddingSet) -> int:
-    """256 MB a task; less where that would leave cores without work."""
-    return max(1, min(GROUP_BYTES, pool.num_rows * pool.dim * 2 // (GROUPS_PER_CPU * physical_cpus())))
+def _group_bytes(pool: EmbeddingSet, num_queries: int, k: int, device: str) -> int:
+    """256 MB a task; less where that would leave workers without work.
+
+    A GPU computes for less time than the query side takes to travel, so there a task reads at least 20 times as much
+    as it returns. On a CPU that would only mean hours of work lost with a task.
+    """
+    on_gpu = device == "cuda"
+    workers = cluster_gpus() if on_gpu else physical_cpus()
+    most = max(GROUP_BYTES, 20 * num_queries * (16 + 12 * k)) if on_gpu else GROUP_BYTES
+    return max(1, min(most, pool.num_rows * pool.dim * 2 // (GROUPS_PER_WORKER * workers)))
 
 
 @dataclass(frozen=True)

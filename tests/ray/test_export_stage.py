@@ -20,7 +20,7 @@ from clipgap_ray.errors import ConfigError, DataError, StaleOutputError
 from clipgap_ray.kernels import subsets
 from clipgap_ray.shards import Sample, read_shard
 from clipgap_ray.sources import list_shards
-from clipgap_ray.stages import export
+from clipgap_ray.stages import export, export_copy, export_index
 from tests import made
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -249,9 +249,9 @@ def test_tars_in_object_stores_give_the_same_bytes(pool: str, everything: str, t
     for source, out in ((pool, str(tmp_path / "out")), (f"{remote}/pool", f"{remote}/out")):
         shards = list_shards(source)
         index = f"{out}/index"
-        records = {n: export._index_shard(index, n, shard, (split, None)) for n, shard in enumerate(shards)}
-        outputs = export.Placement(index, shards, records, split).outputs(4)
-        counts = [export._write_shard(out, n, pieces, True) for n, pieces in enumerate(outputs)]
+        records = {n: export_index.index_shard(index, n, shard, (split, None)) for n, shard in enumerate(shards)}
+        outputs = export_index.Placement(index, shards, records, split).outputs(4)
+        counts = [export_copy.write_shard(out, n, pieces, True) for n, pieces in enumerate(outputs)]
         assert [record["files"]["tar"] for record in counts] == [
             store.sha256(store.read_bytes(f"{out}/{n:08d}.tar")) for n in range(len(outputs))
         ]
