@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import webdataset
 
 from clipgap_ray import cli, schema, store
 from clipgap_ray.config.export import ExportSettings
@@ -278,7 +279,6 @@ def test_the_faulty_world_comes_through(
 
 
 def test_webdataset_reads_it(pool: str, everything: str, tmp_path: Path) -> None:
-    webdataset = pytest.importorskip("webdataset", reason="webdataset is not a dependency")
     run(everything, pool, tmp_path / "out")
     read = list(webdataset.WebDataset(str(tmp_path / "out" / "00000000.tar"), shardshuffle=False))
     assert [(r["__key__"], r.get("txt")) for r in read] == [(k, m.get("txt")) for k, m in exported(tmp_path / "out")]
