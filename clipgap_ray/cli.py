@@ -36,6 +36,7 @@ VERBS = {
     "world": Verb("world:WorldSettings", "stages.world:run", "render a miniature world with known truth"),
     "import": Verb("embed:ImportSettings", "stages.imports:run", "bring ready embeddings into the layout"),
     "embed": Verb("embed:EmbedSettings", "stages.embed:run", "embed images and captions, one part per shard"),
+    "plan": Verb("embed:PlanSettings", "stages.plan:run", "rows, disk, memory and time of an embed job, from a probe"),
     "dedup": Verb("dedup:DedupSettings", "stages.dedup:run", "find duplicates and decide which rows stay"),
     "score": Verb("score:ScoreSettings", "stages.score:run", "one exact pass: pool rows against all test sets"),
     "index": Verb("index:IndexSettings", "stages.index:run", "build a sharded FAISS index"),

@@ -186,8 +186,14 @@ def _part(record: dict[str, Any]) -> Part:
 
 
 def identity(encoder: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a fingerprint that decide whether similarities are comparable."""
-    return {name: encoder.get(name) for name in IDENTITY}
+    """Return the fields of a fingerprint that decide whether similarities are comparable.
+
+    Fast decoding is left out: it is within the tolerance that `embed --decode` states.
+    """
+    values = {name: encoder.get(name) for name in IDENTITY}
+    if isinstance(values["preprocess"], dict):
+        values["preprocess"] = {name: v for name, v in values["preprocess"].items() if name != "shrink_to"}
+    return values
 
 
 def check_same_encoder(first: dict[str, Any], second: dict[str, Any], names: tuple[str, str]) -> None:

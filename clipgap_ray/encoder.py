@@ -10,6 +10,7 @@ Decoding is separate from encoding: CPU tasks decode to uint8 with `Preprocess`,
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Mapping
@@ -59,6 +60,7 @@ class EncoderSettings:
         batch_size: Rows per forward pass; shorter batches are padded.
         threads: torch threads per encoder.
         crop_border: See `Preprocess`.
+        shrink_to: See `Preprocess`.
     """
 
     model: str
@@ -68,6 +70,7 @@ class EncoderSettings:
     batch_size: int = 64
     threads: int = 1
     crop_border: int = 0
+    shrink_to: int = 0
 
     def __post_init__(self) -> None:
         for name, value in zip(("model", "pretrained"), resolve_names(self.model, self.pretrained), strict=True):
@@ -121,6 +124,10 @@ def check(settings: EncoderSettings) -> Preprocess:
         ConfigError: Unknown model (with the nearest names), unknown tag, missing file, or an activation that does
             not fit the weights (QuickGELU costs 2-3 points silently, train_test_similarity.md 4.1).
     """
+    return dataclasses.replace(_preprocess(settings), shrink_to=settings.shrink_to)
+
+
+def _preprocess(settings: EncoderSettings) -> Preprocess:
     if settings.model == PROJECTION:
         return Preprocess(ProjectionEncoder.SIZE, crop_border=settings.crop_border)
     if settings.model.startswith(TIMM):

@@ -28,7 +28,7 @@ class ProjectionEncoder:
 
     def __init__(self, settings: EncoderSettings) -> None:
         self.settings = settings
-        self.preprocess = Preprocess(self.SIZE, crop_border=settings.crop_border)
+        self.preprocess = Preprocess(self.SIZE, crop_border=settings.crop_border, shrink_to=settings.shrink_to)
         self.dim = self.DIM
         self._matrix = np.random.default_rng(2310_09562).standard_normal((8 * 8 * 3, self.DIM)).astype(np.float32)
         self.fingerprint = {

@@ -46,7 +46,8 @@ def check(settings: EncoderSettings) -> Preprocess:
             hint="choose another model",
         )
     scaled = math.floor(width / config["crop_pct"])
-    return Preprocess(width, config["interpolation"], mode, settings.crop_border, scaled if scaled != width else 0)
+    resize_to = scaled if scaled != width else 0
+    return Preprocess(width, config["interpolation"], mode, settings.crop_border, resize_to, settings.shrink_to)
 
 
 def _data_config(model: str) -> dict[str, Any]:

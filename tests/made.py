@@ -55,20 +55,25 @@ def render_world(root: Path, spec: world.WorldSpec = SPEC) -> World:
     return World(root, truth.to_pylist())
 
 
-def embed_without_ray(source: str, out: str, model: str = "projection", pretrained: str = "") -> str:
+def embed_without_ray(
+    source: str, out: str, model: str = "projection", pretrained: str = "", *, text: bool = True
+) -> str:
     """Embed a source in this process with the stage's own reader and encoder: the slow twin of `embed.run`."""
     test_set = testsets.open_test_set(source) if testsets.is_test_set(source) else None
     shards = list(test_set.shards) if test_set else list_shards(source)
-    encode = embed.Encode(EncoderSettings(model, pretrained, batch_size=BATCH_SIZE), True)
-    plan = embed.ReadPlan(encode.encoder.preprocess, BATCH_SIZE, 1.0, test_set)
-    fingerprint = encode.encoder.fingerprint
+    encode = embed.Encode([(EncoderSettings(model, pretrained, batch_size=BATCH_SIZE), text)])
+    (encoder,) = encode.encoders
+    plan = embed.ReadPlan((encoder.preprocess,), BATCH_SIZE, 1.0, test_set)
     with rundir.RunDirectory(out, "embed", {"source": source}) as directory:
         parts = rundir.assign_parts(out, [shard.name for shard in shards])
         for shard in shards:
-            tables = [encode(table) for table in embed.read_chunks(parts[shard.name], shard, plan)]
+            part = parts[shard.name]
+            tables = [encode(table) for table in embed.read_chunks(embed.Work(part, shard), plan)]
             chunks = [row for table in tables for row in table.to_pylist()]
-            directory.log.append([embed._write(out, parts[shard.name], shard.name, chunks, encode.encoder.dim)])
-        directory.finish({"encoder": fingerprint, "class_names": list(test_set.class_names) if test_set else []})
+            record = embed.write_part(out, part, shard.name, chunks, output=0, dim=encoder.dim, text=text)
+            directory.log.append([record])
+        class_names = list(test_set.class_names) if test_set else []
+        directory.finish({"encoder": encoder.fingerprint, "class_names": class_names})
     return out
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import pydantic
 import tyro
 
 from clipgap_ray.config.base import Operational, Settings, Storage, StorageSettings
 from clipgap_ray.embeddings import parse_part_range
+from clipgap_ray.errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
+Decode = Literal["exact", "fast"]
 
 
 class EmbedSettings(Settings):
@@ -27,8 +29,15 @@ class EmbedSettings(Settings):
     (deterministic, no weights); also clip-retrieval's `ViT-B/32` and `open_clip:NAME/TAG`, and `NAME,TAG`."""
     pretrained: str = ""
     """Tag of open_clip, checkpoint file (timm: always a file), or run directory of `clipgap train`."""
+    also: tuple[str, ...] = ()
+    """Further encoders in the same read of the data, each into a folder of its own: `FOLDER=MODEL,WEIGHTS`, spelled as
+    in --model and --pretrained. Every folder is what `embed` would write for that encoder alone; part and row numbers
+    are the same in all."""
     text: bool = True
     """Embed captions too; `--no-text` leaves them out."""
+    decode: Decode = "exact"
+    """exact: open_clip's pixels, bit by bit. fast: large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size and resized
+    by other code; rows differ by a cosine of about 0.001 (benchmarks/embed.md), perceptual hashes by a few bits."""
     crop_border: int = 0
     """Pixels to cut from every side first (ObjectNet's red border: 2)."""
     batch_size: pydantic.PositiveInt = 128
@@ -60,6 +69,44 @@ class EmbedSettings(Settings):
     def _range(cls, value: str | None) -> str | None:
         parse_part_range(value)
         return value
+
+    @pydantic.model_validator(mode="after")
+    def _folders_differ(self) -> Self:
+        folders = [self.out.rstrip("/"), *(folder for folder, _ in self.also_pairs())]
+        if len(set(folders)) < len(folders):
+            twice = next(folder for folder in folders if folders.count(folder) > 1)
+            raise ConfigError(f"--out and --also name the folder {twice} twice", hint="each encoder needs its own")
+        if self.decode == "fast" and self.crop_border:
+            raise ConfigError(
+                f"--decode fast with --crop-border {self.crop_border}: a border is cut in pixels of the full size",
+                hint="leave out --decode",
+            )
+        return self
+
+    def also_pairs(self) -> list[tuple[str, str]]:
+        """Return `also` as (folder, model with its weights).
+
+        Raises:
+            ConfigError: If an entry is not FOLDER=MODEL.
+        """
+        pairs = []
+        for entry in self.also:
+            folder, equals, model = entry.partition("=")
+            if not (folder and equals and model):
+                raise ConfigError(
+                    f"--also {entry!r} is not FOLDER=MODEL,WEIGHTS", hint="for example --also out/dino=timm:NAME,FILE"
+                )
+            pairs.append((folder.rstrip("/"), model))
+        return pairs
+
+
+class PlanSettings(EmbedSettings):
+    """What embedding a source would take: rows, disk, memory, time. The words of `embed`; writes nothing."""
+
+    out: str = ""
+    """As for `embed`; not looked at."""
+    probe_rows: pydantic.PositiveInt = 256
+    """Samples to read and decode."""
 
 
 class ImportSettings(Settings):

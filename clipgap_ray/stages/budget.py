@@ -23,27 +23,25 @@ PROBE_ROWS = 8
 
 @dataclass(frozen=True)
 class Forecast:
-    """Rows to embed, images per second of all actors together, and seconds."""
+    """Rows to embed, and seconds."""
 
     rows: int
-    images_per_s: float
+    seconds: float
 
     @property
-    def seconds(self) -> float:
-        """Predicted time."""
-        return self.rows / self.images_per_s
+    def images_per_s(self) -> float:
+        """Predicted rate of all encoders together."""
+        return self.rows / max(self.seconds, 1e-9)
 
     def __str__(self) -> str:
         return f"about {self.rows:,} rows at {self.images_per_s:,.3g} images/s: ETA {duration(self.seconds)}"
 
 
-def forecast(encoder: Encoder, rows: int, actors: float, text: bool) -> Forecast:
-    """Predict a run from a probe of the encoder: two small batches, of which the second is timed.
+def probe(encoder: Encoder, text: bool) -> float:
+    """Return the seconds that an encoder takes for one row: two small batches, of which the second is timed.
 
     Args:
         encoder: Built, on this machine's CPU.
-        rows: Rows to embed.
-        actors: Encoders that will run at once, each on its own cores.
         text: Whether captions are embedded too.
     """
     small = copy.copy(encoder)  # shares the weights
@@ -58,7 +56,7 @@ def forecast(encoder: Encoder, rows: int, actors: float, text: bool) -> Forecast
         if text:
             small.encode_texts(captions)
         seconds = time.perf_counter() - started
-    return Forecast(rows, actors * PROBE_ROWS / max(seconds, 1e-9))
+    return seconds / PROBE_ROWS
 
 
 def check(predicted: Forecast, agreed: bool) -> None:

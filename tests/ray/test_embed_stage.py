@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
+import ray
 
 from clipgap_ray import rundir, schema, store
 from clipgap_ray.config.embed import EmbedSettings
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import BudgetError, ConfigError, StaleOutputError
-from clipgap_ray.stages import embed
+from clipgap_ray.stages import embed, embed_metrics
 from tests import made
 from tests.conftest import CLIP_SCORE_TOLERANCE, STORED_NORM_TOLERANCE
+from tests.driver import until
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -198,6 +202,50 @@ def test_an_image_only_encoder_leaves_the_text_rows_out(tiny_world: made.World, 
     assert meta.column("caption").null_count < opened.num_rows == meta.column("clip_score").null_count
 
 
+def test_several_encoders_share_a_read_and_write_what_each_writes_alone(
+    embedded: Embedded, tiny_world: made.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a death between the commits of the two, and a third begun later: what is whole is not computed again."""
+    source, words = tiny_world.path("pool"), {"shards": "0:3"}
+    a, b, alone = (str(tmp_path / name) for name in ("a", "b", "alone"))
+    timm = "timm:test_vit.r160_in1k,random"
+    embed.run(settings(source, alone, model=timm, **words))
+    append = rundir.CommitLog.append
+
+    def die(log: rundir.CommitLog, records: list[dict[str, object]]) -> None:
+        if log.uri.startswith(b) and len(log.records) == 1:
+            raise KeyboardInterrupt
+        append(log, records)
+
+    both = settings(source, a, also=(f"{b}={timm}",), **words)
+    with monkeypatch.context() as dying:
+        dying.setattr(rundir.CommitLog, "append", die)
+        with pytest.raises(KeyboardInterrupt):
+            embed.run(both)
+    assert (len(rundir.CommitLog(a).records), len(rundir.CommitLog(b).records)) == (2, 1)
+    (committed,) = (f"img_emb_{part:05d}.npy" for part in rundir.CommitLog(b).records)
+    stamp = made.stamps_below(f"{b}/img_emb")[committed]
+    summary = embed.run(both)
+    assert (summary.parts, summary.parts_skipped) == (3, 2)
+    assert (summary.extra["also"][b]["parts"], summary.extra["also"][b]["parts_skipped"]) == (3, 1)
+    assert summary.extra["also"][b]["dropped"] == summary.dropped
+    for kind in ("img_emb", "text_emb", "metadata", "ledger"):
+        whole = made.files_below(f"{embedded.pool.uri}/{kind}")
+        mine = made.files_below(f"{a}/{kind}")
+        assert len(mine) == 3
+        assert mine.items() <= whole.items()
+        assert made.files_below(f"{b}/{kind}") == made.files_below(f"{alone}/{kind}")
+    assert made.stamps_below(f"{b}/img_emb")[committed] == stamp
+    assert store.read_json(f"{a}/parts.json") == store.read_json(f"{b}/parts.json")
+    assert store.read_json(f"{b}/settings.json") == store.read_json(f"{alone}/settings.json")
+    assert EmbeddingSet.open(b).digest == EmbeddingSet.open(alone).digest
+    assert embed.run(settings(source, b, model=timm, **words)).parts_skipped == 3  # each goes on alone
+
+    store.write_json(f"{alone}/parts.json", {"00002.tar": 0})
+    with pytest.raises(ConfigError, match=r"gives part 0 to shard 00002.tar, .*/a gives it"):
+        embed.run(settings(source, a, also=(f"{alone}={timm}",), **words))
+
+
 def test_a_labelled_set_keeps_its_classes(
     tiny_world: made.World, tiny_embeddings: dict[str, str], tmp_path: Path
 ) -> None:
@@ -240,3 +288,27 @@ def test_impossible_settings_end_before_any_output(tiny_world: made.World, tmp_p
         with pytest.raises(ConfigError, match=message):
             embed.run(settings(**{"source": tiny_world.path("pool"), "out": out, **more}))  # type: ignore[arg-type]
     assert not Path(out).exists()
+
+
+@pytest.mark.slow  # Ray's agents collect every 10 s
+def test_what_a_run_measures_is_in_its_summary_and_on_the_nodes_prometheus_port(
+    tiny_world: made.World, tmp_path: Path
+) -> None:
+    summary = embed.run(settings(tiny_world.path("pool"), str(tmp_path / "emb"), shards="0:2"))
+    measured = summary.as_dict()
+    assert measured["decode_ms_per_image"] > 0
+    assert 0 < measured["encoder_busy_share"] <= 1
+    rows = EmbeddingSet.open(str(tmp_path / "emb")).all_metadata(["image_bytes"]).column(0)
+    assert measured["image_bytes"] >= sum(rows.to_pylist()) > 0  # broken ones were looked at too
+    assert measured["cross_node_bytes"] == 0
+    port = ray.nodes()[0]["MetricsExportPort"]
+    wanted = {f"ray_{name}_total" for name in embed_metrics.COUNTERS if "cross_node" not in name}
+    wanted |= {f"ray_{name}" for name in embed_metrics.GAUGES}
+
+    def exported() -> set[str]:
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
+        return set(re.findall(r"^(ray_clipgap_embed_\w+)\{", text, re.M))
+
+    until(lambda: wanted <= exported(), f"export of {wanted - exported()}", 60)
+    text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
+    assert re.search(r'ray_clipgap_embed_rows_total\{[^}]*outcome="kept"', text)

@@ -38,7 +38,7 @@ def test_every_field_has_its_help_text(settings: type[Settings]) -> None:
     ("values", "words"),
     [
         ({**EMBED, "modle": "x"}, ["study.yaml: embed: unknown setting 'modle'", "did you mean 'model'?"]),
-        ({**EMBED, "zzz": "x"}, ["unknown setting 'zzz'", "known keys: batch_size, blocklist, crop_border"]),
+        ({**EMBED, "zzz": "x"}, ["unknown setting 'zzz'", "known keys: also, batch_size, blocklist, crop_border"]),
         ({"source": "pool", "out": "emb"}, ["setting 'model' is required"]),
         ({**EMBED, "batch_size": 0}, ["batch_size is 0", "greater than 0"]),
         ({**EMBED, "device": "tpu"}, ["device is 'tpu'", "'cuda'"]),
@@ -81,6 +81,9 @@ def test_settings_are_frozen() -> None:
 @pytest.mark.parametrize(
     ("settings", "values", "message"),
     [
+        (EmbedSettings, {**EMBED, "also": ["x"]}, r"--also 'x' is not FOLDER=MODEL,WEIGHTS"),
+        (EmbedSettings, {**EMBED, "also": [EMBED["out"] + "/=projection"]}, "name the folder .* twice"),
+        (EmbedSettings, {**EMBED, "decode": "fast", "crop_border": 2}, "--decode fast with --crop-border 2"),
         (ScoreSettings, {"pool": "p", "out": "o", "test": []}, "names no test set"),
         (ScoreSettings, {"pool": "p", "out": "o", "test": ["val"]}, "is not NAME=PATH"),
         (ScoreSettings, {"pool": "p", "out": "o", "test": ["a=x", "a=y"]}, "names 'a' twice"),

@@ -11,7 +11,7 @@ from PIL import Image
 
 from clipgap_ray.kernels.phash import perceptual_hashes
 from clipgap_ray.pixels import Preprocess, grey_thumbnail, open_picture
-from clipgap_ray.stages.embed_read import ReadPlan, from_stream, read_chunks
+from clipgap_ray.stages.embed_read import ReadPlan, Work, from_stream, read_chunks
 from tests import made
 
 
@@ -31,13 +31,12 @@ def test_rows_hashes_and_ledger_of_a_shard(tmp_path: Path) -> None:
     }
     images = {**{f"{n}": made.jpeg(n) for n in range(6)}, **odd}
     shard = made.tar_shard(tmp_path / "0.tar", [(f"{key}.jpg", data) for key, data in images.items()])
-    chunks = [
-        row for table in read_chunks(3, shard, ReadPlan(Preprocess(8), 4, 1.0, None)) for row in table.to_pylist()
-    ]
+    plan = ReadPlan((Preprocess(8),), 4, 1.0, None)
+    chunks = [row for table in read_chunks(Work(3, shard), plan) for row in table.to_pylist()]
     assert [(c["part"], c["chunk"], c["last"]) for c in chunks] == [(3, 0, False), (3, 1, False), (3, 2, True)]
     rows = pa.concat_tables([from_stream(c["metadata"]) for c in chunks]).to_pylist()
     assert [row["image_path"] for row in rows] == [key for key in images if key != "lab"]
-    assert [len(c["pixels"]) // (8 * 8 * 3) for c in chunks] == [4, 4, 1]
+    assert [len(c["pixels_0"]) // (8 * 8 * 3) for c in chunks] == [4, 4, 1]
     for row in rows:
         plain, flipped = perceptual_hashes(grey_thumbnail(open_picture(images[row["image_path"]]))[None])
         assert (row["phash"], row["phash_flipped"]) == (int(plain[0]), int(flipped[0]))

@@ -8,6 +8,7 @@ import ray.dashboard.modules.metrics.dashboards as shipped
 import yaml
 
 from clipgap_ray.serving.guard import OPEN_PATHS, Meters
+from clipgap_ray.stages import embed_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "deploy/monitoring"
@@ -40,8 +41,18 @@ def test_the_service_exports_what_is_charted_and_nothing_is_forgotten():
     assert charted <= _ours()
 
 
+def test_embed_exports_what_is_charted_and_nothing_is_forgotten():
+    charted = {name for name in _charted() if name.startswith("ray_clipgap_")}
+    exported = {f"ray_{name}_total" for name in embed_metrics.COUNTERS} | {
+        f"ray_{name}" for name in embed_metrics.GAUGES
+    }
+    assert charted == exported
+    documented = (ROOT / "docs/cluster.md").read_text()
+    assert [name for name in sorted(exported) if f"`{name}`" not in documented] == []
+
+
 def test_ray_exports_what_is_charted():
-    charted = {name for name in _charted() if name.startswith("ray_")}
+    charted = {name for name in _charted() if name.startswith("ray_") and not name.startswith("ray_clipgap_")}
     assert len(charted) > 15
     assert charted <= _rays()
 
