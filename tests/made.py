@@ -68,7 +68,9 @@ def embed_without_ray(source: str, out: str, model: str = "projection", pretrain
             tables = [encode(table) for table in embed.read_chunks(parts[shard.name], shard, plan)]
             chunks = [row for table in tables for row in table.to_pylist()]
             directory.log.append([embed._write(out, parts[shard.name], shard.name, chunks, encode.encoder.dim)])
-        directory.finish({"encoder": fingerprint, "class_names": list(test_set.class_names) if test_set else []})
+        where = {str(parts[shard.name]): shard.uri for shard in shards}
+        names = list(test_set.class_names) if test_set else []
+        directory.finish({"encoder": fingerprint, "class_names": names, "shards": where})
     return out
 
 
