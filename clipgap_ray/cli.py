@@ -47,6 +47,8 @@ VERBS = {
     "report": Verb("report:ReportSettings", "stages.report:run", "turn a study into one page"),
     "audit": Verb("audit:AuditSettings", "stages.audit:run", "is this test set in that pool? no training"),
     "shift": Verb("shift:ShiftSettings", "stages.shift:run", "drop between groups of a test set, with intervals"),
+    "attributes": Verb("groups:AttributesSettings", "stages.attributes:run", "label backgrounds by zero-shot"),
+    "discover": Verb("groups:DiscoverSettings", "stages.discover:run", "groups by accuracy, without selection's gain"),
     "join": Verb("join:DropJoinSettings", "stages.join:run", "how much of a drop is distance from the training pool"),
     "agreement": Verb("join:AgreementSettings", "stages.agreement:run", "do two encoders prune the same rows?"),
     "robustness": Verb("robustness:RobustnessSettings", "stages.robustness:run", "effective robustness of models"),

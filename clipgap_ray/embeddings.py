@@ -10,7 +10,7 @@ One part per input shard. A part exists when the commit log says so; its record 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -146,6 +146,23 @@ class EmbeddingSet:
     def metadata(self, part: int, columns: list[str] | None = None) -> pa.Table:
         """Return the metadata of a part, or some of its columns."""
         return store.read_table(store.join(self.uri, part_file("metadata", part)), columns)
+
+    def image_bytes(self, part: int, facts: Mapping[str, Any]) -> bytes:
+        """Read an encoded image by range.
+
+        Args:
+            part: Its part.
+            facts: Of its metadata row `image_path`, `image_offset` and `image_bytes`.
+
+        Raises:
+            DataError: If the embeddings came without images, or the shard is gone.
+        """
+        shard = self.manifest.get("shards", {}).get(str(part))
+        if shard is None:
+            raise DataError(f"{self.uri} names no shard for part {part}: its images are not at hand")
+        if (facts["image_offset"] or 0) >= 0:
+            return store.read_bytes(shard, facts["image_offset"], facts["image_bytes"])
+        return store.read_bytes(store.join(shard, facts["image_path"].rsplit("/", 1)[-1]))
 
     def all_images(self) -> np.ndarray:
         """Return (num_rows, d) float16 rows of all parts in order: for test sets, which fit in memory."""

@@ -148,6 +148,30 @@ PREDICTIONS = pa.schema(
     ]
 )
 
+# Attributes: labels/part-00000.parquet, row i of the part = row i of the embeddings.
+ATTRIBUTES = pa.schema(
+    [
+        ("row_id", pa.int64()),
+        ("uid", pa.string()),
+        ("attribute", pa.string()),  # null: abstained
+        ("best", pa.string()),  # the most similar attribute, whatever the margin
+        ("runner_up", pa.string()),
+        ("score", pa.float32()),  # similarity to the best
+        ("margin", pa.float32()),  # by how much it beats the runner-up
+        ("corrected", pa.bool_()),  # by somebody who looked
+    ]
+)
+
+# Groups that a model's accuracy chose: photos.parquet.
+DISCOVERED = pa.schema(
+    [
+        ("uid", pa.string()),
+        ("class_name", pa.string()),
+        ("attribute", pa.string()),
+        ("group", pa.string()),  # common: the attribute that the model is best at; counter: worst
+    ]
+)
+
 # The join of predictions and similarity: photos/<model>.parquet, the photos of both groups.
 JOINED = pa.schema(
     [

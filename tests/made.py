@@ -72,8 +72,9 @@ def embed_without_ray(
             chunks = [row for table in tables for row in table.to_pylist()]
             record = embed.write_part(out, part, shard.name, chunks, output=0, dim=encoder.dim, text=text)
             directory.log.append([record])
-        class_names = list(test_set.class_names) if test_set else []
-        directory.finish({"encoder": encoder.fingerprint, "class_names": class_names})
+        where = {str(parts[shard.name]): shard.uri for shard in shards}
+        names = list(test_set.class_names) if test_set else []
+        directory.finish({"encoder": encoder.fingerprint, "class_names": names, "shards": where})
     return out
 
 

@@ -6,6 +6,7 @@ import pydantic
 import tyro
 
 from clipgap_ray.config.base import Settings
+from clipgap_ray.config.hide import parse_hide_rule
 
 
 class ReportSettings(Settings):
@@ -20,10 +21,19 @@ class ReportSettings(Settings):
     images: bool = True
     """Show pictures; `--no-images` makes a page that may be shared without the data's licence."""
     blocklist: str = ""
-    """File of uids that no gallery may show: .npy of dtype u8,u8, or one hex uid per line."""
+    """Takedown list as `embed` takes it: no gallery shows a sample whose uid, sha256 or url it names."""
+    hide: tuple[str, ...] = ()
+    """Further samples that no gallery shows, by their metadata: `caption~REGEX`, `clip_score<0.1`, `width>4000`."""
     bin_width: pydantic.PositiveFloat = 0.05
     """Width of the similarity bins; the paper's is 0.05."""
     draws: pydantic.PositiveInt = 2000
     """Bootstrap samples."""
     seed: int = 0
     """Seed of the bootstraps."""
+
+    @pydantic.field_validator("hide")
+    @classmethod
+    def _rules(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for rule in value:
+            parse_hide_rule(rule)
+        return value

@@ -36,6 +36,12 @@ FIT_TOLERANCE_PP = 1.0
 MIN_PHOTOS = 20
 CURVE_POINTS = 60
 GRADIENT_TOLERANCE = 1e-8
+GOOD_GRADIENT = 1e-6
+MAX_STEPS = 1000
+# Few photos are often separated by class, group and similarity: the likelihood then grows along some direction forever,
+# and the iteration with it. This much of a ridge ends it and moves no coefficient by more than 1e-4 elsewhere.
+RIDGE = 1e-11
+MAX_FAILED_DRAWS = 0.05
 SAMPLED = ("drop", "explained", "residual", "difference")
 
 
@@ -102,9 +108,12 @@ def fit(photos: Photos, knots: np.ndarray, weights: np.ndarray | None = None, st
     with np.errstate(over="ignore"):
         found = minimize(
             likelihood.value, origin, jac=likelihood.gradient, hess=likelihood.hessian, method="trust-ncg",
-            options={"gtol": GRADIENT_TOLERANCE, "initial_trust_radius": 10.0, "max_trust_radius": 1000.0},
+            options={"gtol": GRADIENT_TOLERANCE, "initial_trust_radius": 10.0, "max_trust_radius": 1000.0,
+                     "maxiter": MAX_STEPS},
         )  # fmt: skip
-    if not np.isfinite(found.x).all() or not found.success:
+    # The gradient is by how much fitted and observed rates differ, in all, per class and group.
+    settled = found.success or np.abs(found.jac).max() < GOOD_GRADIENT
+    if not np.isfinite(found.x).all() or not settled:
         raise ValueError(f"the logistic regression did not converge: {found.message}")
     return Fit(knots, found.x)
 
@@ -121,11 +130,11 @@ class _Likelihood:
 
     def value(self, at: np.ndarray) -> float:
         logits = self._logits(at)
-        return float(self.weights @ (np.logaddexp(0, logits) - self.rate * logits))
+        return float(self.weights @ (np.logaddexp(0, logits) - self.rate * logits) + RIDGE / 2 * at @ at)
 
     def gradient(self, at: np.ndarray) -> np.ndarray:
         off = self.weights * (expit(self._logits(at)) - self.rate)
-        return np.concatenate([np.bincount(self.class_at, off, self.num_classes), self.columns.T @ off])
+        return np.concatenate([np.bincount(self.class_at, off, self.num_classes), self.columns.T @ off]) + RIDGE * at
 
     def hessian(self, at: np.ndarray) -> np.ndarray:
         rate = expit(self._logits(at))
@@ -138,6 +147,7 @@ class _Likelihood:
         matrix[: self.num_classes, self.num_classes :] = np.stack(corner, axis=1)
         matrix[self.num_classes :, : self.num_classes] = np.stack(corner)
         matrix[self.num_classes :, self.num_classes :] = self.columns.T @ weighted
+        matrix[np.diag_indices(len(matrix))] += RIDGE
         return matrix
 
 
@@ -192,13 +202,19 @@ def _one_draw(photos: Photos, copies: np.ndarray, weights: np.ndarray, start: Fi
     result = {"drop": over_classes(rates[:, 0] - rates[:, 1])}
     result["difference"] = over_classes(similarities[:, 0] - similarities[:, 1])
     if start is not None:
-        parts = standardise(photos, fit(photos, start.knots, weights, start), weights)
-        result["explained"], result["residual"] = over_classes(parts[:, 0]), over_classes(parts[:, 1])
+        try:
+            parts = standardise(photos, fit(photos, start.knots, weights, start), weights)
+            result["explained"], result["residual"] = over_classes(parts[:, 0]), over_classes(parts[:, 1])
+        except ValueError:
+            result["explained"] = result["residual"] = float("nan")
     return result
 
 
 def bootstrap(photos: Photos, fitted: Fit | None, rng: np.random.Generator, draws: int) -> dict[str, np.ndarray]:
-    """Return (draws,) float64 samples of every statistic of `SAMPLED` (without a fit, of drop and difference)."""
+    """Return (draws,) float64 samples of every statistic of `SAMPLED` (without a fit, of drop and difference).
+
+    A draw whose regression does not converge is NaN in explained and residual.
+    """
     found = [_one_draw(photos, copies, weights, fitted) for copies, weights in resamples(photos, rng, draws)]
     return {name: np.array([one[name] for one in found]) for name in SAMPLED if name in found[0]}
 
@@ -235,6 +251,9 @@ def summarise(
         except ValueError as error:
             why_not = str(error)
     samples = bootstrap(photos, fitted, rng, draws)
+    failed = 0 if fitted is None else int(np.isnan(samples["explained"]).sum())
+    if failed > MAX_FAILED_DRAWS * draws:
+        fitted, why_not = None, f"the regression did not converge in {failed} of {draws} resamples: too few photos"
     rates = photos.cell_means(photos.rate)
     drop = float((rates[:, 0] - rates[:, 1]).mean())
     predicted = None if fitted is None else fitted.predict(photos.class_at, photos.second, photos.similarity)
@@ -260,6 +279,7 @@ def summarise(
         "curves": [] if fitted is None else curves(photos, fitted),
         "classes": _class_records(photos, fitted),
         "draws": draws,
+        "failed_draws": failed,
     }
     result["warnings"] = _warnings(result)
     return result
@@ -288,7 +308,7 @@ def _decomposition(photos: Photos, fitted: Fit, samples: dict[str, np.ndarray], 
         "residual_pp": 100 * float(residual),
         "residual_interval_pp": _interval_pp(samples["residual"]),
         "share": float(explained) / drop if clear else None,
-        "share_interval": intervals.percentile_interval(samples["explained"] / samples["drop"]).tolist()
+        "share_interval": intervals.percentile_interval(_known(samples["explained"] / samples["drop"])).tolist()
         if clear and (samples["drop"] != 0).all()
         else None,
         "fit_error_pp": 100 * (float(explained + residual) - drop),
@@ -350,4 +370,8 @@ def _warnings(result: dict[str, Any]) -> list[str]:
 
 
 def _interval_pp(samples: np.ndarray) -> list[float]:
-    return (100 * intervals.percentile_interval(samples)).tolist()
+    return (100 * intervals.percentile_interval(_known(samples))).tolist()
+
+
+def _known(samples: np.ndarray) -> np.ndarray:
+    return samples[np.isfinite(samples)]

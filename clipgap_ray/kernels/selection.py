@@ -10,7 +10,10 @@ Shapes: C classes, B groups (backgrounds).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+from statsmodels.stats.multitest import multipletests
 
 
 def best_and_worst(hits: np.ndarray, totals: np.ndarray, min_photos: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -61,10 +64,110 @@ def halves(correct: np.ndarray, cell: np.ndarray, shape: tuple[int, int], rng: n
     Returns:
         (2, 2, C, B) float64: for each half hits and totals.
     """
+    half = halve(cell, rng)
+    tables = [_table(correct[half == side], cell[half == side], shape) for side in (0, 1)]
+    return np.array(tables, np.float64)
+
+
+def halve(cell: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return (n,) int64 0 or 1: a random half of every cell, odd ones to within a photo."""
     order = np.lexsort((rng.random(len(cell)), cell))
     half = np.empty(len(cell), np.int64)
     half[order] = np.arange(len(cell)) % 2
+    return half
+
+
+def permutation_p(
+    hits: np.ndarray, totals: np.ndarray, min_photos: int, draws: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Return (C,) float64: how often groups dealt out at random differ as much as a class's best and worst do.
+
+    Dealing a class's photos out again leaves its number of hits and the groups' sizes, so the hits of a deal follow the
+    multivariate hypergeometric distribution. p = (1 + deals with a gap at least as large) / (1 + draws); NaN for
+    classes with fewer than two groups.
+
+    Args:
+        hits: (C, B) correct photos.
+        totals: (C, B) photos.
+        min_photos: Groups with fewer take no part.
+        draws: Deals per class.
+        rng: Source of randomness.
+    """
+    result = np.full(len(hits), np.nan)
+    for row, (right, sizes) in enumerate(zip(np.asarray(hits, np.int64), np.asarray(totals, np.int64), strict=True)):
+        usable = sizes >= max(min_photos, 1)
+        if usable.sum() < 2:
+            continue
+        right, sizes = right[usable], sizes[usable]
+        dealt = rng.multivariate_hypergeometric(sizes, right.sum(), size=draws, method="marginals") / sizes
+        observed = np.ptp(right / sizes)
+        result[row] = (1 + (np.ptp(dealt, axis=1) >= observed - 1e-12).sum()) / (1 + draws)
+    return result
+
+
+def q_values(p: np.ndarray) -> np.ndarray:
+    """Return (C,) p-values adjusted for the false discovery rate (Benjamini and Hochberg, statsmodels); NaN stays."""
+    known = np.isfinite(p)
+    adjusted = np.full(len(p), np.nan)
+    if known.any():
+        adjusted[known] = multipletests(p[known], method="fdr_bh")[1]
+    return adjusted
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Drops of M models in groups that each of M models chose: rows choose, columns are evaluated.
+
+    Attributes:
+        same: (M, M, C) float64 class drops on the photos that chose; NaN for classes without groups.
+        held_out: (M, M, C) float64 likewise on the other half, mean over halvings.
+    """
+
+    same: np.ndarray
+    held_out: np.ndarray
+
+
+def discover_and_evaluate(
+    correct: np.ndarray,
+    cell: np.ndarray,
+    shape: tuple[int, int],
+    min_photos: int,
+    splits: int,
+    rng: np.random.Generator,
+) -> Matrix:
+    """Choose groups with every model and evaluate every model in them: on the same photos, and on held-out halves.
+
+    Args:
+        correct: (M, n) bool, the same photos for every model.
+        cell: (n,) int64 class * B + group.
+        shape: (C, B).
+        min_photos: Groups with fewer take no part; half as many in a half.
+        splits: Random halvings.
+        rng: Source of randomness.
+    """
+    count = len(correct)
+    whole = [_table(row, cell, shape) for row in correct]
+    same = _drops(whole, whole, min_photos)
+    total, times = np.zeros((count, count, shape[0])), np.zeros((count, count, shape[0]))
+    for _ in range(splits):
+        half = halve(cell, rng)
+        sides = [[_table(row[half == side], cell[half == side], shape) for row in correct] for side in (0, 1)]
+        for choose, evaluate in (sides, sides[::-1]):
+            drops = _drops(choose, evaluate, -(-min_photos // 2))
+            known = np.isfinite(drops)
+            total += np.where(known, drops, 0.0)
+            times += known
+    held_out = np.divide(total, times, out=np.full(total.shape, np.nan), where=times > 0)
+    return Matrix(same, held_out)
+
+
+def _table(correct: np.ndarray, cell: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     size = shape[0] * shape[1]
-    counts = [[np.bincount(cell[half == h], w[half == h], size) for w in (correct.astype(float), np.ones(len(cell)))]
-              for h in (0, 1)]  # fmt: skip
-    return np.array(counts).reshape(2, 2, *shape)
+    hits, totals = np.bincount(cell, correct.astype(float), size), np.bincount(cell, minlength=size)
+    return hits.reshape(shape), totals.reshape(shape)
+
+
+def _drops(choose: list[tuple[np.ndarray, np.ndarray]], evaluate: list[tuple[np.ndarray, np.ndarray]],
+           min_photos: int) -> np.ndarray:  # fmt: skip
+    groups = [best_and_worst(*table, min_photos) for table in choose]
+    return np.stack([[class_drops(*table, *pair) for table in evaluate] for pair in groups])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +16,16 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
-from clipgap_ray import schema, store
+from clipgap_ray import blocklist, schema
+from clipgap_ray.config.hide import HideRule, parse_hide_rule
 from clipgap_ray.embeddings import EmbeddingSet
-from clipgap_ray.errors import DataError
+from clipgap_ray.errors import ClipgapError
 from clipgap_ray.reporting.study import Queries, Study, positions
 from clipgap_ray.reporting.theme import data_uri
 
 THUMBNAIL_PX = 160
+Find = Callable[[str], EmbeddingSet | None]
+FACTS = ("uid", "image_path", "caption", "class_name", "sha256", "url", "image_offset", "image_bytes")
 LADDER_RUNGS = 7
 LADDER_ROWS = 200_000  # pool rows that a ladder looks at: enough for every level, bounded at any pool size
 
@@ -45,61 +49,80 @@ class Strip:
     tiles: list[Tile]
 
 
-class Thumbnails:
-    """Reads pictures of embedded images, by row id or uid; remembers which could not be shown and why."""
+@dataclass(frozen=True)
+class Hidden:
+    """What no gallery may show: a takedown list and rules over the metadata."""
 
-    def __init__(self, study: Study, blocked: frozenset[str] = frozenset(), shown: bool = True) -> None:
-        self.study = study
-        self.blocked = blocked
+    blocklist: blocklist.Blocklist | None = None
+    rules: tuple[HideRule, ...] = ()
+
+    def reason(self, facts: dict[str, Any]) -> str:
+        """Say why a metadata row is hidden; "" when it is not."""
+        if self.blocklist is not None and self.blocklist.reason(facts["uid"], facts["sha256"] or "", facts["url"]):
+            return "on the blocklist"
+        return next((f"hidden by {rule.text}" for rule in self.rules if rule.hides(facts)), "")
+
+
+def read_hidden(uri: str, rules: tuple[str, ...] = ()) -> Hidden:
+    """Read a takedown list ("" is none) and the rules beside it."""
+    return Hidden(blocklist.read(uri) if uri else None, tuple(parse_hide_rule(rule) for rule in rules))
+
+
+class Thumbnails:
+    """Reads pictures of embedded images, by row id or uid; remembers which could not be shown and why.
+
+    Args:
+        find: Embeddings by name; None where there are none.
+        hidden: What is never read.
+        shown: False shows no picture at all.
+    """
+
+    def __init__(self, find: Find, hidden: Hidden | None = None, shown: bool = True) -> None:
+        self.find = find
+        self.hidden = hidden or Hidden()
         self.shown = shown
 
     def by_row_id(self, name: str, row_id: int) -> tuple[str, str, str]:
         """Return (data address, caption, reason) of a row; the address is "" when there is a reason."""
-        embeddings = self.study.embeddings(name)
+        embeddings = self.find(name)
         if embeddings is None:
             return "", "", f"no embeddings of {name}"
         part, row = (int(value[0]) for value in schema.split_row_ids(np.array([row_id])))
-        metadata = _metadata(embeddings, part)
+        metadata = _metadata(embeddings, part, tuple(rule.column for rule in self.hidden.rules))
         if metadata is None or row >= metadata.num_rows:
             return "", "", f"row {row_id} is not in embed/{name}"
-        facts = {key: metadata.column(key)[row].as_py() for key in metadata.column_names}
+        facts = metadata.slice(row, 1).to_pylist()[0]
         caption = facts["caption"] or facts["class_name"] or ""
-        if facts["uid"] in self.blocked:
-            return "", "", "on the blocklist"
+        reason = self.hidden.reason(facts)
+        if reason:
+            return "", "", reason
         if not self.shown:
             return "", caption, "pictures are off"
         try:
-            data = _image_bytes(embeddings, part, facts)
-            return thumbnail(data), caption, ""
-        except (DataError, OSError, UnidentifiedImageError, KeyError) as error:
+            return thumbnail(embeddings.image_bytes(part, facts)), caption, ""
+        except (ClipgapError, OSError, UnidentifiedImageError) as error:
             return "", caption, f"cannot be read: {type(error).__name__}"
 
     def by_uid(self, name: str, uid: str | None) -> tuple[str, str, str]:
         """Like `by_row_id`, for references whose scores name uids."""
-        embeddings = self.study.embeddings(name)
+        embeddings = self.find(name)
         if embeddings is None or uid is None:
             return "", "", f"no embeddings of {name}" if embeddings is None else "unknown"
         row_id = _rows_by_uid(embeddings).get(uid)
         return ("", "", f"uid is not in embed/{name}") if row_id is None else self.by_row_id(name, row_id)
 
 
-@functools.lru_cache(maxsize=64)
-def _metadata(embeddings: EmbeddingSet, part: int) -> pa.Table | None:
-    columns = ["uid", "image_path", "caption", "class_name", "image_offset", "image_bytes"]
-    return embeddings.metadata(part, columns) if any(p.number == part for p in embeddings.parts) else None
+@functools.lru_cache(maxsize=8)
+def _metadata(embeddings: EmbeddingSet, part: int, further: tuple[str, ...]) -> pa.Table | None:
+    if not any(p.number == part for p in embeddings.parts):
+        return None
+    return embeddings.metadata(part, list(dict.fromkeys([*FACTS, *further])))
 
 
 @functools.lru_cache(maxsize=8)
 def _rows_by_uid(embeddings: EmbeddingSet) -> dict[str, int]:
     metadata = embeddings.all_metadata(["uid", "row_id"])
     return dict(zip(metadata["uid"].to_pylist(), metadata["row_id"].to_pylist(), strict=True))
-
-
-def _image_bytes(embeddings: EmbeddingSet, part: int, facts: dict[str, Any]) -> bytes:
-    shard = embeddings.manifest["shards"][str(part)]
-    if facts["image_offset"] >= 0:
-        return store.read_bytes(shard, facts["image_offset"], facts["image_bytes"])
-    return store.read_bytes(store.join(shard, facts["image_path"].rsplit("/", 1)[-1]))
 
 
 def thumbnail(data: bytes) -> str:
@@ -119,7 +142,8 @@ def thumbnail(data: bytes) -> str:
     return data_uri(buffer.getvalue(), "image/jpeg")
 
 
-def _tile(title: str, picture: tuple[str, str, str], similarity: float | None) -> Tile:
+def tile(title: str, picture: tuple[str, str, str], similarity: float | None) -> Tile:
+    """Return a tile of what `Thumbnails` found."""
     image, caption, reason = picture
     return Tile(title, image, similarity, caption, reason)
 
@@ -142,13 +166,13 @@ def neighbours(study: Study, pictures: Thumbnails, test: str, count: int) -> lis
     after = positions(queries.uids, gaps["uid"].to_pylist()) if gaps is not None else None
     strips = []
     for row in choose(queries, count):
-        tiles = [_tile("test image", pictures.by_row_id(test, int(queries.row_ids[row])), None)]
+        tiles = [tile("test image", pictures.by_row_id(test, int(queries.row_ids[row])), None)]
         if queries.has_reference:
             picture = pictures.by_uid(study.reference, queries.reference_uids[row])
-            tiles.append(_tile("nearest reference", picture, float(queries.tau[row])))
+            tiles.append(tile("nearest reference", picture, float(queries.tau[row])))
         if queries.neighbour_ids[row]:
             picture = pictures.by_row_id("pool", queries.neighbour_ids[row][0])
-            tiles.append(_tile("nearest pool image", picture, float(queries.similarity[row])))
+            tiles.append(tile("nearest pool image", picture, float(queries.similarity[row])))
         if gaps is not None and after is not None and after[row] >= 0:
             tiles.append(_kept_tile(pictures, gaps, int(after[row])))
         strips.append(Strip(queries.uids[row], tiles))
@@ -159,7 +183,7 @@ def _kept_tile(pictures: Thumbnails, gaps: pa.Table, row: int) -> Tile:
     row_id, similarity = gaps["nearest_row_id"][row].as_py(), gaps["similarity"][row].as_py()
     if row_id is None or row_id < 0:
         return Tile("nearest kept after the cut", "", None, missing="nothing is kept")
-    return _tile("nearest kept after the cut", pictures.by_row_id("pool", row_id), similarity)
+    return tile("nearest kept after the cut", pictures.by_row_id("pool", row_id), similarity)
 
 
 def ladder(study: Study, pictures: Thumbnails, test: str) -> Strip | None:
@@ -177,9 +201,9 @@ def ladder(study: Study, pictures: Thumbnails, test: str) -> Strip | None:
     order = np.argsort(-similarities, kind="stable")
     levels = np.linspace(similarities[order[0]], np.median(similarities), LADDER_RUNGS)
     at = np.searchsorted(-similarities[order], -levels).clip(max=len(order) - 1)
-    tiles = [_tile("test image", pictures.by_row_id(test, int(queries.row_ids[row])), None)]
+    tiles = [tile("test image", pictures.by_row_id(test, int(queries.row_ids[row])), None)]
     for rung in dict.fromkeys(order[at]):
-        tiles.append(_tile("", pictures.by_row_id("pool", int(row_ids[rung])), float(similarities[rung])))
+        tiles.append(tile("", pictures.by_row_id("pool", int(row_ids[rung])), float(similarities[rung])))
     return Strip(queries.uids[row], tiles)
 
 
@@ -193,13 +217,3 @@ def _scan(pool: EmbeddingSet, query: np.ndarray) -> tuple[np.ndarray, np.ndarray
         row_ids.append(schema.row_ids(part.number, part.num_rows))
         seen += part.num_rows
     return np.concatenate(similarities), np.concatenate(row_ids)
-
-
-def read_blocklist(uri: str) -> frozenset[str]:
-    """Read the uids that no page may show: an .npy of dtype u8,u8, or one hex uid per line; "" is empty."""
-    if not uri:
-        return frozenset()
-    if uri.endswith(".npy"):
-        return frozenset(schema.unpack_uids(store.read_array(uri)))
-    lines = [line.strip().lower() for line in store.read_bytes(uri).decode().splitlines()]
-    return frozenset(schema.unpack_uids(schema.pack_uids([line for line in lines if line])))

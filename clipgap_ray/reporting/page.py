@@ -43,7 +43,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_figures(out: str, sections: list[Section]) -> dict[str, dict[str, str]]:
+def write_figures(out: str, sections: list[Section]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """Draw every figure of the page once.
 
     Args:
@@ -51,15 +51,17 @@ def write_figures(out: str, sections: list[Section]) -> dict[str, dict[str, str]
         sections: The sections.
 
     Returns:
-        `{name: {"light": data address, "dark": data address}}` for the page.
+        `{name: {"light": data address, "dark": data address}}` for the page, and sha256 of every file by its path.
     """
-    inlined = {}
+    inlined, hashes = {}, {}
     for plot in (plot for section in sections for plot in section.plots):
         files = render(plot.draw)
-        store.write_bytes(store.join(out, "figures", f"{plot.name}.svg"), files["light.svg"])
-        store.write_bytes(store.join(out, "figures", f"{plot.name}.png"), files["light.png"])
+        for suffix in ("svg", "png"):
+            path = f"figures/{plot.name}.{suffix}"
+            store.write_bytes(store.join(out, path), files[f"light.{suffix}"])
+            hashes[path] = store.sha256(files[f"light.{suffix}"])
         inlined[plot.name] = {theme: data_uri(files[f"{theme}.svg"], "image/svg+xml") for theme in ("light", "dark")}
-    return inlined
+    return inlined, hashes
 
 
 def write_tables(out: str, tables: dict[str, list[Record]], digests: list[Record]) -> dict[str, str]:
@@ -80,7 +82,7 @@ def write_tables(out: str, tables: dict[str, list[Record]], digests: list[Record
             continue
         flat = [{key: value for key, value in record.items() if _is_plain(value)} for record in records]
         table = pa.Table.from_pylist(flat).replace_schema_metadata(marks)
-        for suffix, data in (("csv", _csv(flat)), ("parquet", store.table_bytes(table))):
+        for suffix, data in (("csv", csv_bytes(flat)), ("parquet", store.table_bytes(table))):
             store.write_bytes(store.join(out, "tables", f"{name}.{suffix}"), data)
             hashes[f"tables/{name}.{suffix}"] = store.sha256(data)
     return hashes
@@ -90,7 +92,8 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float | bool)
 
 
-def _csv(records: list[Record]) -> bytes:
+def csv_bytes(records: list[Record]) -> bytes:
+    """Return records as CSV with a header; what a record lacks is empty."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(dict.fromkeys(key for record in records for key in record)))
     writer.writeheader()

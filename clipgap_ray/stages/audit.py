@@ -1,47 +1,44 @@
-"""Is a test set inside a pool? Duplicates, gap and coverage from embeddings alone: no training, no images, no Ray.
+"""Is a test set inside a pool? Duplicates, gap and coverage from embeddings alone: no training, no Ray.
 
-Reads: embeddings of a pool, of test sets, of a reference or thresholds files; predictions. Streams the pool part by
-part, so memory holds one part and the test sets. Writes: OUT/audit.json, OUT/index.html, OUT/summary.json.
-`Summary.extra["exit_code"]` is 4 when a `--fail-on` rule holds.
+Reads: embeddings of a pool, of test sets, of a reference or thresholds files; predictions; for the positive control and
+the pictures the images, by byte range. Writes: OUT/audit.json, OUT/index.html (self-contained), OUT/pairs.csv,
+OUT/summary.json. `Summary.extra["exit_code"]` is 4 when a `--fail-on` rule holds.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from clipgap_ray import __version__, rundir, schema, store
 from clipgap_ray.config.audit import AuditSettings, parse_rule
-from clipgap_ray.embeddings import EmbeddingSet, check_same_encoder, identity
-from clipgap_ray.errors import ConfigError, DataError
+from clipgap_ray.embeddings import EmbeddingSet
+from clipgap_ray.errors import BudgetError, ClipgapError, ConfigError, DataError
 from clipgap_ray.kernels.nearest import nearest
-from clipgap_ray.reporting import contamination, figures, page
+from clipgap_ray.reporting import contamination, figures, galleries, page
 from clipgap_ray.reporting.similarity import histogram_records
 from clipgap_ray.reporting.study import positions
 from clipgap_ray.reporting.theme import data_uri, render
+from clipgap_ray.stages import audit_pool
+from clipgap_ray.stages.audit_pool import Target
+from clipgap_ray.stages.canaries import Canaries, Laboratory
 
 EXIT_FAILED_RULE = 4
 DRAWS = 2000
+OTHERS = 16  # nearest other test images looked at: more equal copies of one image than this hide its neighbour
 
 
 @dataclass(frozen=True)
-class Target:
-    """A test set under audit: (n,) exact similarity and row id of its nearest pool row, bytes seen, thresholds."""
+class Controls:
+    """Positive controls by test set, a recall from elsewhere, or why there is neither."""
 
-    name: str
-    test: EmbeddingSet
-    metadata: pa.Table
-    similarity: np.ndarray
-    nearest: np.ndarray
-    exact: np.ndarray
-    tau: np.ndarray | None
+    canaries: dict[str, Canaries]
+    given: dict[str, float] | None
+    why_not: dict[str, str]
 
 
 def run(settings: AuditSettings) -> rundir.Summary:
@@ -50,14 +47,15 @@ def run(settings: AuditSettings) -> rundir.Summary:
     Raises:
         IndexMismatchError: If anything was embedded by another encoder than the pool.
         DataError: If an input is missing or belongs to another test set.
+        BudgetError: If the page would be larger than 20 MB.
     """
     started = time.monotonic()
     pool = EmbeddingSet.open(settings.pool)
-    targets = _targets(settings, pool)
+    predictions = audit_pool.per_test(settings.predictions, settings, "--predictions")
+    targets = audit_pool.targets(settings, pool)
     coverage = _coverage(pool)
-    recall = _recall(settings.recall)
-    predictions = _per_test(settings.predictions, settings, "--predictions")
-    results = [_audit_one(settings, pool, t, coverage, recall, predictions.get(t.name)) for t in targets]
+    controls = _controls(settings, pool, targets)
+    results = [_audit_one(settings, pool, t, coverage, controls, predictions.get(t.name)) for t in targets]
     failed = _failed_rules(settings, results)
     report = {
         "version": __version__,
@@ -68,8 +66,10 @@ def run(settings: AuditSettings) -> rundir.Summary:
         "settings": settings.fingerprint(),
     }
     store.write_json(store.join(settings.out, "audit.json"), report)
-    html = page.render_page("audit.html.j2", report=report, figure=_figure(targets))
-    store.write_bytes(store.join(settings.out, "index.html"), html.encode())
+    pairs = [{"test": result["test"], **pair} for result in results for pair in result["pairs"]]
+    if pairs:
+        store.write_bytes(store.join(settings.out, "pairs.csv"), page.csv_bytes(pairs))
+    _write_page(settings, pool, targets, report)
     summary = rundir.Summary("audit", coverage["total"], coverage["examined"], dict(coverage["unexamined"]))
     summary.seconds = time.monotonic() - started
     verdicts = {result["test"]: result["verdict"] for result in results}
@@ -79,89 +79,7 @@ def run(settings: AuditSettings) -> rundir.Summary:
     return summary
 
 
-# --- input -----------------------------------------------------------------------------------------------
-
-
-def _targets(settings: AuditSettings, pool: EmbeddingSet) -> list[Target]:
-    """Find every test row's nearest pool row, all test sets in one pass."""
-    named = schema.named(settings.test, "--test")
-    tests = {name: EmbeddingSet.open(uri) for name, uri in named.items()}
-    for name, test in tests.items():
-        check_same_encoder(pool.encoder, test.encoder, (f"pool {pool.uri}", f"test set {name}"))
-    thresholds = _thresholds(settings, tests)
-    rows = [test.all_images() for test in tests.values()]
-    similarity, row_ids = nearest(np.concatenate(rows), _blocks(pool), 1)
-    metadata = [test.all_metadata(["uid", "sha256", "image_path", "class_name"]) for test in tests.values()]
-    seen = _exact(pool, metadata)
-    ends = np.cumsum([len(block) for block in rows])[:-1]
-    parts = zip(tests.items(), metadata, np.split(similarity[:, 0], ends), np.split(row_ids[:, 0], ends), strict=True)
-    return [
-        Target(name, test, table, s, ids, np.array([digest in seen for digest in table["sha256"].to_pylist()], bool),
-               thresholds.get(name)) for (name, test), table, s, ids in parts
-    ]  # fmt: skip
-
-
-def _blocks(embeddings: EmbeddingSet) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for part in embeddings.parts:
-        if part.num_rows:
-            yield np.asarray(embeddings.images(part.number)), schema.row_ids(part.number, part.num_rows)
-
-
-def _exact(pool: EmbeddingSet, metadata: list[pa.Table]) -> set[str]:
-    """Return the image hashes of the test sets that occur in the pool."""
-    wanted = pa.array(sorted({h for table in metadata for h in table["sha256"].to_pylist() if h}), pa.string())
-    seen: set[str] = set()
-    for part in pool.parts:
-        column = pool.metadata(part.number, ["sha256"]).column("sha256")
-        seen.update(column.filter(pc.is_in(column, wanted)).to_pylist())
-    return seen - {None, ""}
-
-
-def _thresholds(settings: AuditSettings, tests: dict[str, EmbeddingSet]) -> dict[str, np.ndarray]:
-    if settings.reference:
-        reference = EmbeddingSet.open(settings.reference)
-        for name, test in tests.items():
-            check_same_encoder(reference.encoder, test.encoder, (f"reference {reference.uri}", f"test set {name}"))
-        return {name: nearest(test.all_images(), _blocks(reference), 1)[0][:, 0] for name, test in tests.items()}
-    files = _per_test(settings.thresholds, settings, "--thresholds")
-    return {name: _read_thresholds(uri, tests[name]) for name, uri in files.items()}
-
-
-def _read_thresholds(uri: str, test: EmbeddingSet) -> np.ndarray:
-    """Read (n,) tau in the order of the test set; marks in the file say which encoder and test set it is for."""
-    table = store.read_table(uri)
-    marks = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-    expected = {"clipgap.encoder": store.digest(identity(test.encoder)), "clipgap.test": test.digest}
-    for key, value in expected.items():
-        if marks.get(key) != value:
-            raise DataError(f"{uri}: {key} differs from that of {test.uri}", hint="make it with `clipgap score`")
-    at = positions(test.all_metadata(["uid"])["uid"].to_pylist(), table["uid"].to_pylist())
-    if (at < 0).any():
-        raise DataError(f"{uri} lacks thresholds for {(at < 0).sum()} of {len(at)} images of {test.uri}")
-    return table["tau"].to_numpy()[at]
-
-
-def _per_test(words: tuple[str, ...], settings: AuditSettings, what: str) -> dict[str, str]:
-    """Read FILE (for the only test set) or NAME=FILE words."""
-    tests = list(schema.named(settings.test, "--test"))
-    if len(words) == 1 and "=" not in words[0]:
-        if len(tests) > 1:
-            raise ConfigError(f"{what} {words[0]!r}: which of {tests} is it for?", hint=f"{what} {tests[0]}=FILE")
-        return {tests[0]: words[0]}
-    named = schema.named(words, what)
-    unknown = sorted(set(named) - set(tests))
-    if unknown:
-        raise ConfigError(f"{what} names {unknown}, --test names {tests}")
-    return named
-
-
-def _recall(uri: str) -> dict[str, float] | None:
-    if not uri:
-        return None
-    value = store.read_json(uri)
-    if not isinstance(value, dict) or not {"recall", "similarity"} <= set(value):
-        raise DataError(f'{uri} is no measured recall: expected {{"recall": r, "similarity": s}}')
-    return {"recall": float(value["recall"]), "similarity": float(value["similarity"])}
+# --- coverage and control --------------------------------------------------------------------------------
 
 
 def _coverage(pool: EmbeddingSet) -> dict[str, Any]:
@@ -177,6 +95,44 @@ def _coverage(pool: EmbeddingSet) -> dict[str, Any]:
     return {"examined": pool.num_rows, "total": total, "unexamined": unexamined, "embedded_only": only}
 
 
+def _controls(settings: AuditSettings, pool: EmbeddingSet, targets: list[Target]) -> Controls:
+    """Make canaries of every test set; an audit without images or weights goes on and says so."""
+    if settings.recall:
+        return Controls({}, _recall(settings.recall), {})
+    names = [target.name for target in targets]
+    if not settings.canaries:
+        return Controls({}, None, dict.fromkeys(names, "left out (--canaries 0)"))
+    try:
+        laboratory = Laboratory(pool.encoder, settings.pretrained, settings.device)
+    except ClipgapError as error:
+        if settings.pretrained:
+            raise
+        return Controls({}, None, dict.fromkeys(names, str(error)))
+    made, why_not = {}, {}
+    for target in targets:
+        try:
+            made[target.name] = laboratory.make(target.test, settings.canaries, np.random.default_rng(settings.seed))
+        except DataError as error:
+            why_not[target.name] = str(error)
+    return Controls(made, None, why_not)
+
+
+def _recall(uri: str) -> dict[str, float]:
+    value = store.read_json(uri)
+    if not isinstance(value, dict) or not {"recall", "similarity"} <= set(value):
+        raise DataError(f'{uri} is no measured recall: expected {{"recall": r, "similarity": s}}')
+    return {"recall": float(value["recall"]), "similarity": float(value["similarity"])}
+
+
+def _to_others(target: Target) -> np.ndarray:
+    """(m,) float64 similarity of every test image to the nearest other one of other bytes."""
+    rows = target.test.all_images()
+    similarities, at = nearest(rows, iter([(rows, np.arange(len(rows)))]), min(OTHERS, len(rows)))
+    digests = np.array([digest or str(i) for i, digest in enumerate(target.metadata["sha256"].to_pylist())])
+    other = (at >= 0) & (digests[at] != digests[:, None])
+    return np.asarray(np.where(other, similarities, -np.inf).max(axis=1))
+
+
 # --- one test set ----------------------------------------------------------------------------------------
 
 
@@ -185,30 +141,52 @@ def _audit_one(
     pool: EmbeddingSet,
     target: Target,
     coverage: dict[str, Any],
-    recall: dict[str, float] | None,
+    controls: Controls,
     predictions: str | None,
 ) -> dict[str, Any]:
-    found = contamination.duplicates(target.similarity, target.exact, settings.near, settings.duplicate)
-    duplicated = target.exact | (target.similarity >= settings.duplicate)
+    limits = (settings.duplicate, settings.hash_bits)
+    found = contamination.duplicates(target.similarity, target.exact, target.bits, settings.near, *limits)
+    duplicated = contamination.duplicated(target.similarity, target.exact, target.bits, *limits)
     unexamined = coverage["total"] - coverage["examined"] + len(coverage["embedded_only"])
     gap = contamination.gap(target.similarity, target.tau)
+    canaries = controls.canaries.get(target.name)
+    control = None
+    if canaries is not None:
+        bits = None if target.bits is None else canaries.bits
+        control = contamination.control(canaries.similarity, bits, _to_others(target), settings.near, *limits)
+    captions = _caption_counts(target)
     return {
         "test": target.name,
         "uri": target.test.uri,
         "digest": target.test.digest,
         "num_images": len(target.similarity),
-        "verdict": contamination.verdict(found["duplicated"]["count"], settings.duplicate, unexamined, recall),
+        "verdict": contamination.verdict(
+            found["duplicated"]["count"], settings.duplicate, unexamined, control or controls.given
+        ),
         "dup_rate": found["duplicated"]["rate"],
         "exact_rate": found["exact"]["rate"],
+        "hash_rate": found["hash"] and found["hash"]["rate"],
+        "caption_rate": captions and captions["normalised"]["rate"],
         "closer_rate": gap["closer_to_pool"] and gap["closer_to_pool"]["rate"],
         "duplicates": found,
+        "control": control,
+        "why_no_control": controls.why_not.get(target.name, ""),
+        "captions": captions,
         "gap": gap,
-        "accuracy": _accuracy(predictions, target, duplicated),
+        "accuracy": _accuracy(predictions, target, duplicated, settings.seed),
         "pairs": _pairs(pool, target, settings.pairs),
     }
 
 
-def _accuracy(path: str | None, target: Target, duplicated: np.ndarray) -> dict[str, Any] | None:
+def _caption_counts(target: Target) -> dict[str, Any] | None:
+    own = target.captions
+    if own is None:
+        return None
+    kinds = {"exact": own.exact, "normalised": own.normalised}
+    return {"num_captions": int(own.own.sum()), **{k: contamination.rate(v[own.own]) for k, v in kinds.items()}}
+
+
+def _accuracy(path: str | None, target: Target, duplicated: np.ndarray, seed: int) -> dict[str, Any] | None:
     if path is None:
         return None
     table = store.read_table(path, ["uid", "correct"])
@@ -216,42 +194,90 @@ def _accuracy(path: str | None, target: Target, duplicated: np.ndarray) -> dict[
     if (at < 0).all():
         raise DataError(f"{path} holds predictions of another test set than {target.name}: no uid in common")
     correct = table["correct"].to_numpy(zero_copy_only=False).astype(bool)[at >= 0]
-    return contamination.clean_accuracy(correct, duplicated[at[at >= 0]], DRAWS, np.random.default_rng(0))
+    return contamination.clean_accuracy(correct, duplicated[at[at >= 0]], DRAWS, np.random.default_rng(seed))
 
 
 def _pairs(pool: EmbeddingSet, target: Target, count: int) -> list[dict[str, Any]]:
-    """The closest pairs of test image and pool image, with what is known of the pool image."""
+    """The closest pairs of test image and pool image: by similarity, then those that only the hash found."""
     chosen = np.argsort(-target.similarity, kind="stable")[:count]
-    chosen = chosen[target.nearest[chosen] >= 0]
-    parts, rows = schema.split_row_ids(target.nearest[chosen])
-    columns = ["uid", "shard", "image_path", "url", "caption"]
-    loaded = {part: pool.metadata(int(part), columns) for part in np.unique(parts)}
-    pairs = []
-    for i, part, row in zip(chosen, parts, rows, strict=True):
-        known = loaded[part].slice(int(row), 1).to_pylist()[0]
-        pairs.append(
+    pairs = [(int(i), int(target.nearest[i]), "similarity") for i in chosen if target.nearest[i] >= 0]
+    if target.bits is not None:
+        by_hash = np.argsort(target.bits, kind="stable")[:count]
+        known = {(i, row) for i, row, _ in pairs}
+        more = [(int(i), int(target.hash_nearest[i])) for i in by_hash if target.bits[i] < 64]
+        pairs += [(i, row, "hash") for i, row in more if (i, row) not in known and target.bits[i] <= 4]
+    columns = ["uid", "row_id", "shard", "image_path", "url", "caption"]
+    parts = np.unique([row >> 32 for _, row, _ in pairs]).astype(int).tolist()
+    loaded = {part: pool.metadata(part, columns) for part in parts}
+    records = []
+    for i, row, found_by in pairs:
+        known_facts = loaded[row >> 32].slice(row & 0xFFFFFFFF, 1).to_pylist()[0]
+        records.append(
             {
-                "similarity": float(target.similarity[i]),
+                "found_by": found_by,
+                "similarity": float(target.similarity[i]) if found_by == "similarity" else _similarity(pool, target, i),
+                "hash_bits": int(target.bits[i]) if target.bits is not None and row == target.hash_nearest[i] else None,
                 "same_bytes": bool(target.exact[i]),
-                "test_uid": target.metadata["uid"][int(i)].as_py(),
-                "test_key": target.metadata["image_path"][int(i)].as_py(),
-                **{f"pool_{key.replace('image_path', 'key')}": value for key, value in known.items()},
+                "test_uid": target.metadata["uid"][i].as_py(),
+                "test_key": target.metadata["image_path"][i].as_py(),
+                "test_row_id": target.metadata["row_id"][i].as_py(),
+                **{f"pool_{key.replace('image_path', 'key')}": value for key, value in known_facts.items()},
             }
         )
-    return pairs
+    return records
+
+
+def _similarity(pool: EmbeddingSet, target: Target, i: int) -> float:
+    """Similarity of a test image to the pool row that its hash found."""
+    part, row = (int(side[0]) for side in schema.split_row_ids(target.hash_nearest[[i]]))
+    own = target.test.all_images()[i].astype(np.float64)
+    return float(own @ np.asarray(pool.images(part)[row], np.float64))
 
 
 def _failed_rules(settings: AuditSettings, results: list[dict[str, Any]]) -> list[str]:
+    needs = {
+        "closer_rate": "needs --reference or --thresholds",
+        "hash_rate": "needs perceptual hashes: embed pool and test set from images, and --hash-bits 0 or more",
+        "caption_rate": "needs a test set with captions of its own",
+    }
     failed = []
     for text in settings.fail_on:
         metric, sign, limit = parse_rule(text)
         for result in results:
             value = result[metric]
             if value is None:
-                raise ConfigError(f"--fail-on {text!r} needs --reference or --thresholds")
+                raise ConfigError(f"--fail-on {text!r} for {result['test']} {needs[metric]}")
             if value > limit or (sign == ">=" and value == limit):
                 failed.append(f"{result['test']}: {metric} is {value:.6g}, rule {text}")
     return failed
+
+
+# --- page ------------------------------------------------------------------------------------------------
+
+
+def _write_page(settings: AuditSettings, pool: EmbeddingSet, targets: list[Target], report: dict[str, Any]) -> None:
+    found = {"pool": pool, **{f"test:{target.name}": target.test for target in targets}}
+    pictures = galleries.Thumbnails(
+        found.get, galleries.read_hidden(settings.blocklist, settings.hide), settings.images
+    )
+    strips = {result["test"]: [_strip(pictures, result["test"], pair) for pair in result["pairs"]]
+              for result in report["tests"]}  # fmt: skip
+    html = page.render_page(
+        "audit.html.j2", report=report, figure=_figure(targets), strips=strips, images=settings.images
+    ).encode()
+    if len(html) > page.LARGEST_BYTES:
+        raise BudgetError(
+            f"the page would have {len(html) / 2**20:.1f} MB, more than 20 MB",
+            hint="use a smaller --pairs, or --no-images",
+        )
+    store.write_bytes(store.join(settings.out, "index.html"), html)
+
+
+def _strip(pictures: galleries.Thumbnails, test: str, pair: dict[str, Any]) -> galleries.Strip:
+    """A test image and the pool image beside it; the captions of hidden samples stay hidden as well."""
+    ours = galleries.tile("test image", pictures.by_row_id(f"test:{test}", pair["test_row_id"]), None)
+    theirs = galleries.tile("pool image", pictures.by_row_id("pool", pair["pool_row_id"]), pair["similarity"])
+    return galleries.Strip(pair["test_uid"], [ours, theirs])
 
 
 def _figure(targets: list[Target]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from clipgap_ray import __version__, rundir, store
 from clipgap_ray.config.report import ReportSettings
 from clipgap_ray.errors import BudgetError
 from clipgap_ray.reporting import conclusions, layout, page, sections
-from clipgap_ray.reporting.galleries import Thumbnails, read_blocklist
+from clipgap_ray.reporting.galleries import Thumbnails, read_hidden
 from clipgap_ray.reporting.numbers import Numbers, compute
 from clipgap_ray.reporting.study import Study
 
@@ -35,10 +35,10 @@ def run(settings: ReportSettings) -> rundir.Summary:
     study = Study.open(settings.study)
     out = settings.out or study.path("report")
     numbers = compute(study, settings.bin_width, settings.draws, settings.seed)
-    pictures = Thumbnails(study, read_blocklist(settings.blocklist), settings.images)
+    pictures = Thumbnails(study.embeddings, read_hidden(settings.blocklist, settings.hide), settings.images)
     built = sections.build(study, numbers, pictures, settings.gallery_rows)
-    images = page.write_figures(out, built)
-    hashes = page.write_tables(out, numbers.exports(), numbers.digests)
+    images, hashes = page.write_figures(out, built)
+    hashes |= page.write_tables(out, numbers.exports(), numbers.digests)
     html = page.render_page(
         "report.html.j2",
         study=study,

@@ -38,6 +38,8 @@ def test_planted_leaks_are_found_and_counts_match_brute_force(built, tmp_path) -
     assert {pair["test_key"] for pair in val["pairs"][:2]} == {"000000", "000001"}
     assert all(pair["same_bytes"] for pair in val["pairs"][:2])
     assert sketch["verdict"] == "NO DUPLICATES FOUND AT SIMILARITY >= 0.98"
+    assert "dimensions" in sketch["why_no_control"]  # drawn rows: no encoder makes them again
+    assert sketch["hash_rate"] is None
     for test in result["tests"]:
         best = built.similarity[test["test"]].max(axis=1)
         for near in test["duplicates"]["near"]:
@@ -100,6 +102,21 @@ def test_another_encoder_is_refused(built, tmp_path) -> None:
     (tmp_path / "val" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(IndexMismatchError, match="ViT-B-32"):
         audit.run(settings(built, tmp_path / "o", test=(f"val={tmp_path / 'val'}",)))
+
+
+def test_the_control_counts_what_would_have_been_found_by_hand() -> None:
+    similarity = {"flipped": np.array([0.99, 0.94, 0.90, 0.5]), "grey": np.array([0.97, 0.96, 0.96, 0.5])}
+    bits = {"flipped": np.array([40, 2, 9, 3]), "grey": np.array([40, 40, 40, 40])}
+    found = contamination.control(similarity, bits, np.array([0.96, 0.2]), (0.9, 0.95), 0.95, 2)
+    flipped, grey = found["alterations"]
+    assert [near["count"] for near in flipped["near"]] == [3, 1]
+    assert (flipped["hash"]["count"], flipped["found"]["count"], grey["found"]["count"]) == (1, 2, 3)
+    assert found["recall"] == (2 / 4 + 3 / 4) / 2
+    assert found["weakest"] == {"name": "flipped", "recall": 0.5}
+    assert [item["count"] for item in found["unrelated"]] == [1, 1]
+    without = contamination.control(similarity, None, np.zeros(0), (0.9,), 0.95, 2)
+    assert without["alterations"][0]["hash"] is None
+    assert without["alterations"][0]["found"]["count"] == 1
 
 
 def test_verdicts_never_claim_more_than_was_looked_for() -> None:

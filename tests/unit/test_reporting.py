@@ -13,7 +13,7 @@ from matplotlib import pyplot
 
 from clipgap_ray import schema, store
 from clipgap_ray.config.report import ReportSettings
-from clipgap_ray.errors import DataError
+from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.reporting import conclusions, density, figures, galleries, joined, planted, similarity, tables, theme
 from clipgap_ray.reporting.study import Study
 from clipgap_ray.stages import report
@@ -185,7 +185,7 @@ def test_the_join_takes_every_arm_beside_what_it_was_trained_on(built, study) ->
 
 
 def test_gallery_shows_the_planted_leak_by_byte_range(built, study) -> None:
-    strips = galleries.neighbours(study, galleries.Thumbnails(study), "val", 3)
+    strips = galleries.neighbours(study, galleries.Thumbnails(study.embeddings), "val", 3)
     leaked = strips[0]
     assert [tile.title for tile in leaked.tiles] == [
         "test image",
@@ -199,7 +199,9 @@ def test_gallery_shows_the_planted_leak_by_byte_range(built, study) -> None:
 
 
 def test_ladder_falls(study) -> None:
-    rungs = [tile.similarity for tile in galleries.ladder(study, galleries.Thumbnails(study), "sketch").tiles[1:]]
+    rungs = [
+        tile.similarity for tile in galleries.ladder(study, galleries.Thumbnails(study.embeddings), "sketch").tiles[1:]
+    ]
     assert len(rungs) >= 5
     assert rungs == sorted(rungs, reverse=True)
 
@@ -207,10 +209,28 @@ def test_ladder_falls(study) -> None:
 def test_blocked_images_are_never_shown(built, study, tmp_path) -> None:
     blocked = built.pool.uids[3:5]
     np.save(tmp_path / "b.npy", schema.pack_uids(blocked))
-    assert galleries.read_blocklist(str(tmp_path / "b.npy")) == frozenset(blocked)
-    pictures = galleries.Thumbnails(study, frozenset(blocked))
+    hidden = galleries.read_hidden(str(tmp_path / "b.npy"), ("caption~SKETCH", "image_bytes>100000"))
+    pictures = galleries.Thumbnails(study.embeddings, hidden)
     assert pictures.by_row_id("pool", 3) == ("", "", "on the blocklist")
-    assert pictures.by_row_id("pool", 5)[0].startswith("data:image/jpeg")
+    drawn, photo = built.pool.styles.index("sketch", 5), built.pool.styles.index("photo", 5)
+    assert pictures.by_row_id("pool", drawn) == ("", "", "hidden by caption~SKETCH")
+    assert pictures.by_row_id("pool", photo)[0].startswith("data:image/jpeg")
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("nsfw", "is no rule"),
+        ("punsafe>0.5", "no column 'punsafe'"),
+        ("caption>3", "caption is string"),
+        ("width~3", "width is int32"),
+        ("caption~(", "cannot be read"),
+        ("clip_score<low", "cannot be read"),
+    ],
+)
+def test_a_rule_that_hides_nothing_is_refused(rule, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ReportSettings.load({"study": "s", "hide": (rule,)}, "report")
 
 
 # --- page ------------------------------------------------------------------------------------------------

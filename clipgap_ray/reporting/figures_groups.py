@@ -1,0 +1,63 @@
+"""Figure of the discover x evaluate matrix: what is left of a drop when others chose the groups."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from clipgap_ray.reporting.tables import Record
+from clipgap_ray.reporting.theme import BLUE, Theme, grid
+
+
+def matrix(records: list[Record], models: list[str], theme: Theme) -> Figure:
+    """Two heat maps with their numbers: drops on the photos that chose the groups, and on held-out halves."""
+    figure, axes = grid(2, columns=2, height=1.6 + 0.55 * len(models))
+    values = {key: _square(records, models, key) for key in ("same_photos_drop_pp", "held_out_drop_pp")}
+    highest = max(float(np.nanmax(np.abs(v), initial=1.0)) for v in values.values())
+    titles = ("chosen and evaluated on the same photos", "chosen on one half, evaluated on the other")
+    for axis, (key, value), title in zip(axes, values.items(), titles, strict=True):
+        _heat(axis, value, highest, theme)
+        axis.set_title(title, fontsize=11)
+        axis.set_xticks(range(len(models)), models, rotation=30, ha="right")
+        axis.set_xlabel("evaluated model")
+        axis.set_yticks(range(len(models)), models if axis is axes[0] else [])
+        if key == "held_out_drop_pp":
+            _intervals(axis, records, models)
+    axes[0].set_ylabel("groups chosen by")
+    figure.suptitle(
+        "drop in points from the best to the worst attribute, mean over classes", x=0.01, ha="left", fontsize=11
+    )
+    return figure
+
+
+def _square(records: list[Record], models: list[str], key: str) -> np.ndarray:
+    found = {(r["discovered_by"], r["evaluated"]): r[key] for r in records}
+    return np.array([[np.nan if found[i, j] is None else found[i, j] for j in models] for i in models], float)
+
+
+def _heat(axis: Axes, value: np.ndarray, highest: float, theme: Theme) -> None:
+    """Tiles whose depth is the drop, each with its number: nobody has to read a colour."""
+    axis.set_facecolor("none")
+    for (i, j), drop in np.ndenumerate(value):
+        depth = 0.0 if np.isnan(drop) else 0.55 * max(drop, 0.0) / highest
+        axis.add_patch(_tile(i, j, depth, theme))
+        text = "–" if np.isnan(drop) else f"{drop:.1f}".replace("-", "−")
+        axis.text(j, i - 0.08, text, ha="center", va="center", fontsize=11, color=theme.ink)
+    axis.set_xlim(-0.5, value.shape[1] - 0.5)
+    axis.set_ylim(value.shape[0] - 0.5, -0.5)
+    axis.grid(visible=False)
+
+
+def _tile(row: int, column: int, depth: float, theme: Theme) -> Rectangle:
+    return Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, facecolor=(BLUE, depth), edgecolor=theme.grid)
+
+
+def _intervals(axis: Axes, records: list[Record], models: list[str]) -> None:
+    for record in records:
+        if record["held_out_drop_pp"] is None:
+            continue
+        place = (models.index(record["evaluated"]), models.index(record["discovered_by"]) + 0.26)
+        text = f"[{record['held_out_low_pp']:.1f}, {record['held_out_high_pp']:.1f}]".replace("-", "−")
+        axis.text(*place, text, ha="center", va="center", fontsize=8)
