@@ -15,7 +15,7 @@ import pyarrow as pa
 import ray
 
 from clipgap_ray import rundir, schema, store, testsets
-from clipgap_ray.config.train import EvaluateSettings
+from clipgap_ray.config.evaluate import EvaluateSettings
 from clipgap_ray.encoder import EncoderSettings, ImageError, Preprocess, check, register_models, resolve_checkpoint
 from clipgap_ray.errors import DataError, StaleOutputError
 from clipgap_ray.kernels import zero_shot
@@ -177,7 +177,7 @@ def _classifier(settings: EncoderSettings, test_set: testsets.TestSet) -> Logits
     import open_clip
     import torch
 
-    from clipgap_ray.stages.train_loop import Classifier
+    from clipgap_ray.stages.train_model import Classifier
 
     path = resolve_checkpoint(settings.pretrained)
     if not path.endswith(".pt") or not store.exists(path):
