@@ -67,7 +67,7 @@ class Plan:
     Attributes:
         parts: Where the samples are.
         order: The order over these parts.
-        num_classes: For the supervised objective.
+        class_names: For the supervised objective.
         settings: `TrainSettings` as a dict.
         steps: Steps in all.
         image_size: Pixels.
@@ -76,7 +76,7 @@ class Plan:
 
     parts: list[Part]
     order: Order
-    num_classes: int
+    class_names: tuple[str, ...]
     settings: dict[str, Any]
     steps: int
     image_size: int

@@ -42,7 +42,7 @@ def train_loop(config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(1)
-    model = build_model(settings, plan.num_classes)
+    model = build_model(settings, len(plan.class_names))
     step, history, optimizer_state, starts = 0, [], None, [0]
     checkpoint = ray.train.get_checkpoint()
     if checkpoint:
@@ -131,6 +131,8 @@ def _report(wrapped: nn.Module, optimizer: Any, position: dict[str, Any], plan: 
     state = {"model": unwrapped(wrapped).state_dict(), "optimizer": optimizer.state_dict(), **position}
     torch.save(state, os.path.join(folder, "state.pt"))
     published = {"state_dict": portable_state(wrapped, plan.settings["model"]), "step": position["step"]}
+    if plan.settings["objective"] == "supervised":
+        published["class_names"] = list(plan.class_names)  # a head is of no use without them
     torch.save(published, os.path.join(folder, "checkpoint.pt"))
     ray.train.report(
         metrics,

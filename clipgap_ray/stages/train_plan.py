@@ -93,7 +93,7 @@ def make_plan(settings: TrainSettings, out: str, image_size: int) -> tuple[Plan,
         )
     order = _order(settings, np.array([part.count for part in chosen.parts]), sources)
     dump = settings.model_dump(mode="json")
-    plan = Plan(chosen.parts, order, len(pool.class_names), dump, steps, image_size, settings.global_batch)
+    plan = Plan(chosen.parts, order, pool.class_names, dump, steps, image_size, settings.global_batch)
     return plan, {"available": chosen.available, "used": chosen.kept}
 
 
