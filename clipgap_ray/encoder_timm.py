@@ -112,7 +112,30 @@ class TimmEncoder:
         raise ConfigError(f"{self.settings.model} embeds images only", hint="use an open_clip model for captions")
 
 
-def _load(model: Any, name: str, path: str) -> None:
+def classifier(name: str, pretrained: str, num_classes: int) -> tuple[Any, dict[str, Any]]:
+    """Build a timm model with its head, for its own logits.
+
+    Args:
+        name: timm's name, with or without tag.
+        pretrained: File of weights, or "random".
+        num_classes: Outputs that the weights must have.
+
+    Returns:
+        The torch module and its data config (mean, std, ...).
+
+    Raises:
+        ConfigError: Unknown model, or weights that are not this model's.
+    """
+    import timm
+
+    config = _data_config(TIMM + name)
+    model = timm.create_model(name, pretrained=False, num_classes=num_classes)
+    if pretrained != "random":
+        _load(model, name, pretrained, num_classes)
+    return model, config
+
+
+def _load(model: Any, name: str, path: str, num_classes: int = 0) -> None:
     """Load a checkpoint through timm's own conversion for the architecture; every tensor must be in it."""
     from timm.models import load_pretrained
 
@@ -122,7 +145,7 @@ def _load(model: Any, name: str, path: str) -> None:
     # The converter of old and foreign checkpoints lives beside the model's class under this name.
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
-        load_pretrained(model, pretrained_cfg=config, num_classes=0, filter_fn=convert, strict=False)
+        load_pretrained(model, pretrained_cfg=config, num_classes=num_classes, filter_fn=convert, strict=False)
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(f"{path} does not load into timm:{name}: {first}", hint="is it this model's file?") from None

@@ -32,7 +32,7 @@ class TestSet:
 
     Attributes:
         uri: Where it is.
-        layout: "wds", "counteranimal", "folder" or "manifest".
+        layout: "wds", "counteranimal", "folder", "manifest", or "captions" (pairs without labels, for retrieval).
         class_names: Names by label.
         templates: Prompts with `{c}` for the class name.
         shards: Units of reading, in order.
@@ -54,6 +54,9 @@ class TestSet:
         """Yield the labelled samples of a shard; the caption is the first template with the class name."""
         if self.layout == "manifest":
             yield from _read_manifest(self)
+            return
+        if self.layout == "captions":
+            yield from read_shard(shard)
             return
         label_of_folder = self.labels.get(shard.name)
         for item in read_shard(shard):
@@ -88,11 +91,12 @@ def is_test_set(uri: str) -> bool:
 SPLITS = ("test", "train")
 
 
-def open_test_set(uri: str) -> TestSet:
+def open_test_set(uri: str, split: str = "") -> TestSet:
     """Open a labelled set, whatever its layout.
 
     Args:
         uri: The folder or manifest file.
+        split: Of the `wds` layout: "test" or "train"; empty takes the first that is there.
 
     Raises:
         ConfigError: If it is missing, has no class names, or is of no known layout.
@@ -102,8 +106,10 @@ def open_test_set(uri: str) -> TestSet:
     if suffix_of(uri) in ("csv", "parquet"):
         return _open_manifest(uri)
     names = store.list_names(uri)
-    if any(split in names for split in SPLITS):
-        return _open_wds(uri, names)
+    if any(one in names for one in SPLITS):
+        return _open_wds(uri, names, split)
+    if split:
+        raise ConfigError(f"{uri} has no splits: expected the folders {' or '.join(SPLITS)}")
     if any(CLASS_FOLDER.match(name) for name in names):
         return _open_counteranimal(uri, names)
     return _open_folder(uri)
@@ -127,18 +133,52 @@ def _templates(uri: str, names: list[str]) -> tuple[str, ...]:
     return tuple(templates)
 
 
-def _open_wds(uri: str, names: list[str]) -> TestSet:
+def _open_wds(uri: str, names: list[str], wanted: str) -> TestSet:
     if "classnames.txt" not in names:
         raise ConfigError(
             f"test set {uri} has no class names: expected {store.join(uri, 'classnames.txt')}",
             hint="write one class name per line, in the order of the labels in the .cls members",
         )
-    split = next(split for split in SPLITS if split in names)
+    if wanted and wanted not in names:
+        raise ConfigError(f"{uri} has no {wanted} split: expected {store.join(uri, wanted)}")
+    split = wanted or next(split for split in SPLITS if split in names)
+    kind = _lines(store.join(uri, "dataset_type.txt")) if "dataset_type.txt" in names else []
+    if kind and kind[0].strip() == "multilabel":
+        raise ConfigError(f"{uri} is multilabel (dataset_type.txt): images with several classes are not evaluated")
     shards = tuple(
         replace(shard, name=f"{split}/{shard.name}", source=_base_name(uri))
         for shard in sorted(list_shards(store.join(uri, split)), key=_natural)
     )
     return TestSet(uri, "wds", tuple(_lines(store.join(uri, "classnames.txt"))), _templates(uri, names), shards)
+
+
+def with_class_names(test_set: TestSet, names: tuple[str, ...], where: str) -> TestSet:
+    """Return a test set in another label space, as an own list of class names asks for.
+
+    A list that holds every name of the set puts each label where its name stands: a manifest or folder of 45 classes
+    becomes a question among 1000. A list of the same length renames the classes in the order of their labels (folders
+    named by synset, for instance).
+
+    Args:
+        test_set: As opened.
+        names: The class names, distinct or not.
+        where: What to name in the error.
+
+    Raises:
+        ConfigError: If the list is of another length and lacks names of the set.
+    """
+    place = {name: label for label, name in reversed(list(enumerate(names)))}
+    lacking = [name for name in test_set.class_names if name not in place]
+    if len(names) == len(test_set.class_names) and (lacking or test_set.layout == "wds"):
+        return replace(test_set, class_names=names)
+    if lacking or test_set.layout in ("wds", "counteranimal"):
+        raise ConfigError(
+            f"{where} has {len(names)} class names, {test_set.uri} has {len(test_set.class_names)} classes"
+            + (f", of which the list lacks {lacking[0]!r}" if lacking else ""),
+            hint="one name per line, in the order of the labels",
+        )
+    labels = {shard: place[test_set.class_names[label]] for shard, label in test_set.labels.items()}
+    return replace(test_set, class_names=names, labels=labels)
 
 
 def _natural(shard: Shard) -> list[int | str]:

@@ -23,6 +23,13 @@ class Operational:
     """Marker for `Annotated[type, Operational()]`: the field does not change the output."""
 
 
+class Later:
+    """Marker for `Annotated[type, Later()]`: the field is younger than directories that people have.
+
+    At its default it means what they were written with, so it is left out of the fingerprint.
+    """
+
+
 class Settings(pydantic.BaseModel):
     """Base of all settings: frozen, unknown keys refused, field docstrings as descriptions."""
 
@@ -30,12 +37,13 @@ class Settings(pydantic.BaseModel):
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the fields that decide the output, as JSON values."""
-        operational = {
+        without = {
             name
             for name, field in type(self).model_fields.items()
             if any(isinstance(mark, Operational) for mark in field.metadata)
+            or (any(isinstance(mark, Later) for mark in field.metadata) and getattr(self, name) == field.default)
         }
-        return self.model_dump(mode="json", exclude=operational)
+        return self.model_dump(mode="json", exclude=without)
 
     @classmethod
     def load(cls, values: Mapping[str, Any], where: str) -> Self:

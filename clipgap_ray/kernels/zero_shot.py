@@ -60,3 +60,57 @@ def accuracy(labels: np.ndarray, predictions: Predictions) -> dict[str, float]:
         "acc5": float((predictions.top5 == labels[:, None]).any(axis=1).mean()),
         "mean_per_class_recall": float(np.mean(recalls)),
     }
+
+
+def candidate_lists(logits: np.ndarray, labels: np.ndarray, k: int) -> tuple[dict[int, list[int]], list[int]]:
+    """For every class that occurs, the k labels most alike all its images (counteranimal.md 3, "1 vs. 20").
+
+    Args:
+        logits: (n, c) float32 similarities of images to classes.
+        labels: (n,) int.
+        k: Length of a list, at most c.
+
+    Returns:
+        Lists by label, the most alike first, ties to the lower class; and the labels that were not among their own k
+        most alike and took the last place.
+    """
+    lists: dict[int, list[int]] = {}
+    forced: list[int] = []
+    for label in np.unique(labels).tolist():
+        total = logits[labels == label].sum(axis=0, dtype=np.float64)
+        best = np.argsort(-total, kind="stable")[:k].tolist()
+        if label not in best:
+            best[-1] = label
+            forced.append(label)
+        lists[label] = best
+    return lists, forced
+
+
+def predict_among(logits: np.ndarray, labels: np.ndarray, lists: dict[int, list[int]]) -> Predictions:
+    """Return the best classes of each sample among its own class's candidates.
+
+    Args:
+        logits: (n, c) float32.
+        labels: (n,) int, each with a list.
+        lists: Candidate labels by label.
+    """
+    allowed = np.zeros(logits.shape, bool)
+    for label in np.unique(labels).tolist():
+        allowed[np.ix_(labels == label, lists[label])] = True
+    return predict(np.where(allowed, logits, np.float32(-np.inf)))
+
+
+def group_accuracy(labels: np.ndarray, predictions: Predictions, groups: list[str]) -> dict[str, dict[str, float]]:
+    """Return `accuracy` of every group, with its number of samples as `n`; empty if no sample has a group.
+
+    Args:
+        labels: (n,) int.
+        predictions: Of the same n samples.
+        groups: Of each sample; "" is none.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for group in sorted({one for one in groups if one}):
+        own = np.array([one == group for one in groups])
+        part = Predictions(predictions.prediction[own], predictions.top5[own], predictions.logit[own])
+        found[group] = {"n": int(own.sum()), **accuracy(labels[own], part)}
+    return found

@@ -18,7 +18,7 @@ import ray
 from clipgap_ray import rundir, schema, store, testsets
 from clipgap_ray.errors import ConfigError
 from clipgap_ray.kernels import subsets
-from clipgap_ray.shards import Skip, read_shard
+from clipgap_ray.shards import Sample, Skip, read_shard
 from clipgap_ray.sources import Shard, list_shards
 from clipgap_ray.stages.session import Progress, bounded, connect
 
@@ -44,9 +44,9 @@ class Source:
     templates: tuple[str, ...]
     digest: str
 
-    def table(self, part: int) -> pa.Table:
-        """Return `SAMPLES` of a part."""
-        return store.read_table(store.join(self.uri, "samples", f"part-{part:05d}.parquet"))
+    def table_uri(self, part: int) -> str:
+        """Return where `SAMPLES` of a part lie."""
+        return store.join(self.uri, "samples", f"part-{part:05d}.parquet")
 
 
 def index(source: str, out: str) -> Source:
@@ -73,7 +73,8 @@ def index(source: str, out: str) -> Source:
 def _index_shard(uri: str, part: int, shard: Shard, test_set: testsets.TestSet | None) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     dropped: dict[str, int] = {}
-    for item in test_set.read(shard) if test_set else read_shard(shard):
+    # Of a tar the headers and captions are enough: an index of a pool reads a small part of its bytes.
+    for item in test_set.read(shard) if test_set else read_shard(shard, images=shard.kind != "tar"):
         if isinstance(item, Skip):
             if item.is_sample:
                 dropped[item.reason] = dropped.get(item.reason, 0) + 1
@@ -89,7 +90,7 @@ def _index_shard(uri: str, part: int, shard: Shard, test_set: testsets.TestSet |
                 "uid": item.uid,
                 "uri": shard.uri if in_tar else store.join(shard.uri, item.key.rsplit("/", 1)[-1]),
                 "offset": item.offset,
-                "num_bytes": len(item.image),
+                "num_bytes": _image_bytes(item),
                 "caption": item.caption,
                 "label": item.label,
             }
@@ -99,6 +100,11 @@ def _index_shard(uri: str, part: int, shard: Shard, test_set: testsets.TestSet |
     read = len(rows) + sum(dropped.values())
     files = {"samples": store.sha256(data)}
     return {"part": part, "read": read, "kept": len(rows), "dropped": dropped, "files": files}
+
+
+def _image_bytes(sample: Sample) -> int:
+    """Bytes of the encoded image: as its tar says, or as they were read."""
+    return next((m.size for m in sample.members if m.offset == sample.offset >= 0), len(sample.image))
 
 
 def in_split(table: pa.Table, split: np.ndarray | None) -> np.ndarray:

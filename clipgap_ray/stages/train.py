@@ -15,25 +15,22 @@ import signal
 import threading
 from typing import Any
 
-import numpy as np
 import open_clip
-import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.train
 import ray.train.torch
 import torch
 
-from clipgap_ray import idlists, rundir, store
+from clipgap_ray import rundir, store
 from clipgap_ray.config.train import TrainSettings
 from clipgap_ray.encoder import EncoderSettings, check, register_models
 from clipgap_ray.errors import ConfigError, DataError
-from clipgap_ray.kernels.order import SampleOrder
-from clipgap_ray.stages import samples
-from clipgap_ray.stages.session import Progress, connect, resolve_device
-from clipgap_ray.stages.train_loop import Plan, train_loop
+from clipgap_ray.stages import train_report
+from clipgap_ray.stages.session import Progress, cluster_cpus, connect, launchable, resolve_device
+from clipgap_ray.stages.train_data import DECODER_CPUS, Plan
+from clipgap_ray.stages.train_loop import train_loop
+from clipgap_ray.stages.train_plan import make_plan
 
-KEEP_CHECKPOINTS = 2
 WORKER_CPUS = 0.9  # two workers must fit beside fractions of other tasks on two CPUs
 COLLECTIVE_TIMEOUT_S = 300
 
@@ -46,6 +43,8 @@ def run(settings: TrainSettings) -> rundir.Summary:
         DataError: A split of which no uid is in the source.
     """
     preprocess = check(EncoderSettings(settings.model, "random"))
+    _check_model(settings)
+    train_report.check(settings.report_to)
     guarded = settings.fingerprint()
     guarded.pop("out")
     with rundir.RunDirectory(settings.out, "train", guarded) as directory:
@@ -57,7 +56,7 @@ def run(settings: TrainSettings) -> rundir.Summary:
         state = _fit(settings, plan, directory)
         history = state["history"]
         _publish(settings, directory, plan)
-        seen = plan.steps * max(1, settings.workers) * settings.batch_size
+        seen = history[-1]["samples"]  # counted over the ranks, see train_loop._check_seen
         directory.log.append(
             [
                 {
@@ -72,57 +71,25 @@ def run(settings: TrainSettings) -> rundir.Summary:
         return _finish(directory, settings)
 
 
+def _check_model(settings: TrainSettings) -> None:
+    """Refuse settings that the model would pass over in silence.
+
+    Raises:
+        ConfigError: Patch dropout on a model without patches.
+    """
+    vision = (open_clip.get_model_config(settings.model) or {}).get("vision_cfg", {})
+    convolutional = isinstance(vision.get("layers"), list)
+    if settings.force_patch_dropout and convolutional:
+        raise ConfigError(
+            f"--force-patch-dropout {settings.force_patch_dropout}: {settings.model} has no patches",
+            hint="leave it out, or train a vision transformer",
+        )
+
+
 def _finish(directory: rundir.RunDirectory, settings: TrainSettings) -> rundir.Summary:
     record = directory.log.records[0]
     extra = {key: record[key] for key in ("samples_seen", "steps", "loss", "data_wait_share", "starts")}
     return directory.finish({"model": settings.model, "objective": settings.objective}, **extra)
-
-
-def make_plan(settings: TrainSettings, out: str, image_size: int) -> tuple[Plan, dict[str, int]]:
-    """Index the sources, apply the split, and fix the order.
-
-    Returns:
-        The plan, and counts: `available` samples in the sources, `used` after the split.
-    """
-    split = idlists.read_subset(settings.split) if settings.split else None
-    pool = samples.index(settings.source, settings.samples or store.join(out, "samples"))
-    supervised = settings.objective == "supervised"
-    if supervised and not pool.class_names:
-        raise ConfigError(
-            f"--objective supervised needs labels, but {settings.source} is no labelled set",
-            hint="give a test-set folder (wds with classnames.txt, one folder per class, a manifest)",
-        )
-    tables, available = _filtered(pool, split)
-    if split is not None and not sum(table.num_rows for table in tables):
-        raise DataError(
-            f"split {settings.split}: none of its {len(split)} uids is in {settings.source} (coverage 0 %)",
-            hint="train on the pool that the split was cut from",
-        )
-    if settings.reference:
-        beside = f"{settings.samples}-reference" if settings.samples else store.join(out, "reference")
-        mixed = samples.index(settings.reference, beside)
-        extra, more = _filtered(mixed, None)
-        tables, available = tables + extra, available + more
-    if not supervised:
-        tables = [table.filter(pc.is_valid(table.column("caption"))) for table in tables]
-    used = sum(table.num_rows for table in tables)
-    world_batch = max(1, settings.workers) * settings.batch_size
-    steps = settings.num_samples // world_batch
-    if used < world_batch or not steps:
-        raise ConfigError(
-            f"{used} samples and --num-samples {settings.num_samples} are less than one step of "
-            f"{settings.workers} workers x {settings.batch_size}",
-            hint="lower --batch-size or --workers, or raise --num-samples",
-        )
-    order = SampleOrder(np.array([table.num_rows for table in tables]), settings.seed, settings.window)
-    plan = Plan(tables, order, len(pool.class_names), settings.model_dump(mode="json"), steps, image_size)
-    return plan, {"available": available, "used": used}
-
-
-def _filtered(source: samples.Source, split: np.ndarray | None) -> tuple[list[pa.Table], int]:
-    tables = [source.table(part) for part in source.parts]
-    kept = [table.filter(pa.array(samples.in_split(table, split))) for table in tables]
-    return kept, sum(table.num_rows for table in tables)
 
 
 @ray.remote(num_cpus=0)
@@ -147,11 +114,13 @@ def _fit(settings: TrainSettings, plan: Plan, directory: rundir.RunDirectory) ->
     monitor = Monitor.remote()  # type: ignore[attr-defined]
     loop_config = {"plan": ray.put(plan), "monitor": monitor, "checkpoint_every": settings.checkpoint_every}
     gpu = resolve_device(settings.device) == "cuda"
+    elastic = 0 < settings.min_workers < settings.workers
+    _check_room(settings)
     trainer = ray.train.torch.TorchTrainer(
         train_loop,
         train_loop_config=loop_config,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.workers,
+            num_workers=(settings.min_workers, settings.workers) if elastic else settings.workers,  # type: ignore[arg-type]
             use_gpu=gpu,
             resources_per_worker={"CPU": WORKER_CPUS, **({"GPU": 1.0} if gpu else {})},
         ),
@@ -159,12 +128,12 @@ def _fit(settings: TrainSettings, plan: Plan, directory: rundir.RunDirectory) ->
         run_config=ray.train.RunConfig(
             name="train",
             storage_path=directory.uri if "://" in directory.uri else os.path.abspath(directory.uri),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=KEEP_CHECKPOINTS),
-            failure_config=ray.train.FailureConfig(max_failures=2),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
+            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
         ),
     )
     done = threading.Event()
-    follower = threading.Thread(target=_follow, args=(monitor, plan, done), daemon=True)
+    follower = threading.Thread(target=_follow, args=(monitor, plan, directory.uri, done), daemon=True)
     follower.start()
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -187,18 +156,39 @@ def _fit(settings: TrainSettings, plan: Plan, directory: rundir.RunDirectory) ->
     return state
 
 
-def _follow(monitor: Any, plan: Plan, done: threading.Event) -> None:
+def _check_room(settings: TrainSettings) -> None:
+    """Refuse decoders that would wait for CPUs which the workers hold.
+
+    Raises:
+        ConfigError: If workers and decoders want more CPUs than there are, or could be launched.
+    """
+    wanted = settings.workers * (WORKER_CPUS + settings.decoders * DECODER_CPUS)
+    there = max(cluster_cpus(), launchable("CPU"))
+    if settings.decoders and wanted > there:
+        raise ConfigError(
+            f"{settings.workers} workers with {settings.decoders} --decoders each want {wanted:.1f} CPUs, "
+            f"the cluster has {there:.1f}",
+            hint="lower --decoders; 0 decodes in a thread of the worker",
+        )
+
+
+def _follow(monitor: Any, plan: Plan, uri: str, done: threading.Event) -> None:
     """Show the progress of rank 0 until `done`."""
     progress = Progress("train", plan.steps, "steps")
     count = 0
-    while not done.wait(1.0):
-        rows = ray.get(monitor.since.remote(count))
-        if rows:
-            count += len(rows)
-            before = progress.done
-            step, seen = rows[-1]["step"], rows[-1]["samples"]
-            progress.note = f"loss {rows[-1]['loss']:.3f}"
-            progress.advance(step - before, rows=round((step - before) * seen / step))
+    with train_report.open_reporters(plan.settings, uri) as reporters:
+        while True:
+            ended = done.wait(1.0)
+            rows = ray.get(monitor.since.remote(count))
+            if rows:
+                count += len(rows)
+                last = rows[-1]
+                progress.note = f"loss {last['loss']:.3f}, lr {last['lr']:.1e}, wait {last['data_wait_share']:.0%}"
+                progress.advance(last["step"] - progress.done, rows=(last["step"] - progress.done) * plan.global_batch)
+                for reporter in reporters:
+                    reporter.add(rows)
+            if ended:
+                break
     progress.close()
 
 

@@ -20,6 +20,7 @@ from clipgap_ray.config.train import EvaluateSettings, TrainSettings
 from clipgap_ray.config.world import WorldSettings
 from clipgap_ray.errors import ConfigError
 
+TRAIN = {"source": "s", "out": "o", "model": "m"}
 EMBED = {"source": "pool", "out": "emb", "model": "projection"}
 
 
@@ -70,7 +71,14 @@ def test_only_fields_that_change_the_output_are_in_the_fingerprint() -> None:
 
 def test_the_training_run_remembers_its_workers_but_not_its_device() -> None:
     names = {n for n, f in TrainSettings.model_fields.items() if any(isinstance(m, Operational) for m in f.metadata)}
-    assert names == {"device", "samples", "checkpoint_every"}
+    assert {"device", "samples", "checkpoint_every", "decoders", "min_workers"} <= names
+    assert not names & {"workers", "batch_size", "accum_freq", "lr", "seed", "window", "precision", "siglip"}
+
+
+def test_a_setting_younger_than_a_directory_is_remembered_only_when_it_is_used() -> None:
+    old = TrainSettings(source="s", out="o", model="m")
+    assert "accum_freq" not in old.fingerprint()
+    assert old.model_copy(update={"accum_freq": 4}).fingerprint() == {**old.fingerprint(), "accum_freq": 4}
 
 
 def test_settings_are_frozen() -> None:
@@ -92,6 +100,13 @@ def test_settings_are_frozen() -> None:
         (Random, {"scores": "s", "out": "r.npy"}, "one of --size"),
         (Random, {"scores": "s", "out": "r.npy", "size": "1", "match": "m.npy"}, "one of --size"),
         (TrainSettings, {"source": "s", "out": "o", "model": "m", "objective": "mae"}, "objective is 'mae'"),
+        (TrainSettings, {**TRAIN, "workers": 4, "min_workers": 3}, "4 forward passes per step do not divide among 3"),
+        (TrainSettings, {**TRAIN, "workers": 2, "min_workers": 3}, "is more than --workers 2"),
+        (TrainSettings, {**TRAIN, "objective": "supervised", "siglip": True}, "--siglip is a loss on pairs"),
+        (TrainSettings, {**TRAIN, "train_data_upsampling_factors": "1"}, "is for --dataset-resampled"),
+        (TrainSettings, {**TRAIN, "train_data_upsampling_factors": "1::2", "dataset_resampled": True},
+         "expected 1 positive numbers joined by '::', one for each of s"),
+        (TrainSettings, {**TRAIN, "force_patch_dropout": 1.0}, "less than 1"),
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused_before_any_work(

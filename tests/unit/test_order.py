@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipgap_ray.kernels.order import SampleOrder
+from clipgap_ray.kernels.order import ResampledOrder, SampleOrder
 
 COUNTS = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(sum)
 
@@ -95,3 +95,40 @@ def test_it_pickles_without_its_caches() -> None:
 def test_nothing_to_order_is_an_error() -> None:
     with pytest.raises(ValueError, match="every part is empty"):
         SampleOrder(np.array([0, 0]), 0, 10)
+
+
+# --- with replacement ------------------------------------------------------------------------------------
+
+
+@given(COUNTS, st.integers(0, 5), st.integers(1, 30), st.lists(st.integers(1, 13), min_size=1, max_size=6))
+def test_a_resampled_stream_does_not_depend_on_its_cutting_and_knows_only_samples_that_are_there(
+    counts: list[int], seed: int, window: int, lengths: list[int]
+) -> None:
+    sizes, ones = np.array(counts), np.ones(len(counts))
+    whole = triples(ResampledOrder(sizes, ones, seed, window), 0, sum(lengths))
+    assert all(0 <= row < counts[part] for _, part, row in whole)
+    assert [epoch for epoch, _, _ in whole] == [p // sum(counts) for p in range(sum(lengths))]
+    pieces, start = [], 0
+    for length in lengths:
+        fresh = pickle.loads(pickle.dumps(ResampledOrder(sizes, ones, seed, window)))
+        pieces += triples(fresh, start, start + length)
+        start += length
+    assert pieces == whole
+
+
+def test_samples_are_drawn_as_often_as_their_weights_say() -> None:
+    # 30 samples of weight 1 and 10 of weight 3: half of the draws each, rows of a part alike
+    order = ResampledOrder(np.array([20, 10, 10]), np.array([1.0, 1.0, 3.0]), 0, 500)
+    draws = 40_000
+    _, parts, rows = order.take(0, draws)
+    share = np.bincount(parts, minlength=3) / draws
+    assert np.abs(share - [1 / 3, 1 / 6, 1 / 2]).max() < 0.02  # 80 windows of 50 parts each: sd 0.008
+    assert np.abs(np.bincount(rows[parts == 2]) / draws - 0.05).max() < 0.01
+
+
+def test_a_window_with_replacement_opens_few_parts() -> None:
+    order = ResampledOrder(np.full(1000, 100), np.ones(1000), 0, 3000)
+    _, parts, _ = order.take(3000, 6000)
+    assert len(np.unique(parts)) <= 30
+    with pytest.raises(ValueError, match="every part is empty"):
+        ResampledOrder(np.array([0]), np.ones(1), 0, 10)

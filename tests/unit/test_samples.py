@@ -14,7 +14,7 @@ from clipgap_ray import schema, store
 from clipgap_ray.errors import ConfigError
 from clipgap_ray.sources import list_shards
 from clipgap_ray.stages import samples
-from clipgap_ray.stages.train_loop import augment, read_image
+from clipgap_ray.stages.train_data import augment, read_image
 from clipgap_ray.testsets import open_test_set
 from tests import made
 

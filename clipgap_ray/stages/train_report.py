@@ -1,0 +1,134 @@
+"""Where the metrics of a training go besides metrics.jsonl: TensorBoard by default, wandb and mlflow if installed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from clipgap_ray import store
+from clipgap_ray.errors import ConfigError
+
+POSITIONS = ("step", "samples")  # the axis, not values on it
+
+
+class Reporter(Protocol):
+    """Takes rows of metrics as they come; a resumed run may bring steps again."""
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Take rows of `train_loop`'s metrics."""
+        ...
+
+    def close(self) -> None:
+        """Write what is left."""
+        ...
+
+
+def check(names: Sequence[str]) -> None:
+    """Refuse reporters that are not installed, before anything runs.
+
+    Raises:
+        ConfigError: Naming the package.
+    """
+    modules = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
+    for name in names:
+        if importlib.util.find_spec(modules[name]) is None:
+            raise ConfigError(
+                f"--report-to {name}: {modules[name]} is not installed",
+                hint=f"pip install {modules[name]}, or leave {name} out",
+            )
+
+
+@contextlib.contextmanager
+def open_reporters(settings: dict[str, Any], out: str) -> Iterator[list[Reporter]]:
+    """Yield the reporters that a run asks for, and close them.
+
+    Args:
+        settings: `TrainSettings` as a dict.
+        out: The run directory.
+    """
+    kinds: dict[str, type[Any]] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": Mlflow}
+    reporters: list[Reporter] = [kinds[name](settings, out) for name in settings["report_to"]]
+    try:
+        yield reporters
+    finally:
+        for reporter in reporters:
+            reporter.close()
+
+
+def _values(row: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name not in POSITIONS}
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard; of a remote run they are uploaded when it ends."""
+
+    def __init__(self, settings: dict[str, Any], out: str) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._target = store.join(out, "tensorboard")
+        local = store.is_local(out)
+        self._folder = None if local else tempfile.TemporaryDirectory(prefix="clipgap-tensorboard-")
+        self._place = store.filesystem(self._target)[1] if local else str(self._folder.name)  # type: ignore[union-attr]
+        self._writer = SummaryWriter(self._place)
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Write one event per value."""
+        for row in rows:
+            for name, value in _values(row).items():
+                self._writer.add_scalar(f"train/{name}", value, row["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file, and upload it."""
+        self._writer.close()
+        if self._folder is not None:
+            for name in os.listdir(self._place):
+                with open(os.path.join(self._place, name), "rb") as file:
+                    store.write_bytes(store.join(self._target, name), file.read())
+            self._folder.cleanup()
+
+
+class Wandb:
+    """A run of Weights & Biases, named like the run directory and continued by it."""
+
+    def __init__(self, settings: dict[str, Any], out: str) -> None:
+        import wandb
+
+        name = out.rstrip("/").rsplit("/", 1)[-1]
+        self._run = wandb.init(
+            project="clipgap", name=name, id=store.digest(out)[:16], resume="allow", config=dict(settings)
+        )
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Log each row at its step."""
+        for row in rows:
+            self._run.log({f"train/{name}": value for name, value in _values(row).items()}, step=row["step"])
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class Mlflow:
+    """A run of MLflow, named like the run directory, at the tracking address that MLflow's own variables name."""
+
+    def __init__(self, settings: dict[str, Any], out: str) -> None:
+        import mlflow
+
+        self._mlflow = mlflow
+        mlflow.set_experiment("clipgap")
+        mlflow.start_run(run_name=out.rstrip("/").rsplit("/", 1)[-1])
+        mlflow.log_params({name: str(value) for name, value in settings.items()})
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Log each row at its step."""
+        for row in rows:
+            self._mlflow.log_metrics({f"train/{name}": float(v) for name, v in _values(row).items()}, step=row["step"])
+
+    def close(self) -> None:
+        """End the run."""
+        self._mlflow.end_run()
