@@ -27,6 +27,10 @@ class ServeSettings(Settings):
     """Output of `clipgap score` on the same pool, for /v1/similarity: test sets, thresholds, percentiles."""
     splits: tuple[str, ...] = ()
     """Splits NAME.npy cut from these scores; /v1/similarity says which of them would drop an image."""
+    blocklist: str = ""
+    """Takedown list, as for `embed`: its samples are in no answer, as neighbour or thumbnail."""
+    hide: tuple[str, ...] = ()
+    """Rules over the metadata that do the same: `caption~REGEX`, `clip_score<0.1`."""
     host: str = "127.0.0.1"
     """Address to listen on. Anything but loopback needs a bearer token in the environment variable CLIPGAP_TOKEN."""
     port: Annotated[int, pydantic.Field(ge=1, le=65535)] = 8000

@@ -10,16 +10,15 @@ import functools
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
-from clipgap_ray import blocklist, schema
-from clipgap_ray.config.hide import HideRule, parse_hide_rule
+from clipgap_ray import schema
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import ClipgapError
+from clipgap_ray.hidden import Hidden
 from clipgap_ray.reporting.study import Queries, Study, positions
 from clipgap_ray.reporting.theme import data_uri
 
@@ -47,25 +46,6 @@ class Strip:
 
     name: str
     tiles: list[Tile]
-
-
-@dataclass(frozen=True)
-class Hidden:
-    """What no gallery may show: a takedown list and rules over the metadata."""
-
-    blocklist: blocklist.Blocklist | None = None
-    rules: tuple[HideRule, ...] = ()
-
-    def reason(self, facts: dict[str, Any]) -> str:
-        """Say why a metadata row is hidden; "" when it is not."""
-        if self.blocklist is not None and self.blocklist.reason(facts["uid"], facts["sha256"] or "", facts["url"]):
-            return "on the blocklist"
-        return next((f"hidden by {rule.text}" for rule in self.rules if rule.hides(facts)), "")
-
-
-def read_hidden(uri: str, rules: tuple[str, ...] = ()) -> Hidden:
-    """Read a takedown list ("" is none) and the rules beside it."""
-    return Hidden(blocklist.read(uri) if uri else None, tuple(parse_hide_rule(rule) for rule in rules))
 
 
 class Thumbnails:

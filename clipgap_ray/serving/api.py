@@ -7,17 +7,21 @@ type, one route takes JSON or multipart, and a refused body must not be echoed.
 from __future__ import annotations
 
 import logging
+import pathlib
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import pydantic
-from fastapi import Depends, FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi import Depends, FastAPI, Path, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from clipgap_ray import __version__
 from clipgap_ray.errors import ClipgapError
+from clipgap_ray.serving import clip_retrieval
 from clipgap_ray.serving.backend import Backend
 from clipgap_ray.serving.guard import Guard, Meters
 from clipgap_ray.serving.inputs import read_search, read_zero_shot
@@ -30,6 +34,7 @@ from clipgap_ray.serving.messages import (
     Readiness,
     SearchRequest,
     SearchResponse,
+    SetsResponse,
     SimilarityRequest,
     SimilarityResponse,
     SplitsResponse,
@@ -40,10 +45,8 @@ from clipgap_ray.serving.messages import (
 logger = logging.getLogger("clipgap")
 
 LOGIT_SCALE = 100.0  # CLIP's learned temperature, clipped to 100 in training
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>clipgap</title>
-<body style="font-family:sans-serif;max-width:40em;margin:3em auto">
-<h1>clipgap</h1><p>Nearest neighbours and zero-shot classification over a training set.</p>
-<p><a href="/docs">Documentation of the interface</a> · <a href="/v1/indices">indexes</a></p>"""
+PAGE = pathlib.Path(__file__).with_name("page")
+PAGE_POLICY = "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'; base-uri 'none'"
 
 Body = TypeVar("Body", bound=pydantic.BaseModel)
 
@@ -64,11 +67,12 @@ def make_api(backend: Backend, limits: Limits | None = None, token_hash: str | N
     app = FastAPI(title="clipgap", version=__version__, redoc_url=None, responses=refused)
     _add_errors(app)
     _add_v1(app, backend, limits, meters)
+    clip_retrieval.add_routes(app, backend, limits)
     _add_health(app, backend, meters)
     _describe_bodies(app, [SearchRequest, SimilarityRequest, ZeroShotRequest])
     routes = frozenset(getattr(route, "path", "") for route in app.routes) | {
-        "/v1/search", "/v1/similarity", "/v1/splits", "/v1/zero-shot", "/v1/indices",
-        "/healthz", "/readyz", "/metrics", "/",
+        "/v1/search", "/v1/similarity", "/v1/splits", "/v1/tests", "/v1/zero-shot", "/v1/indices",
+        "/healthz", "/readyz", "/metrics", "/", "/indices-list", "/knn-service", "/metadata",
     }  # fmt: skip
     app.add_middleware(Guard, body_bytes=limits.body_bytes, token_hash=token_hash, meters=meters, routes=routes)
     return app
@@ -79,7 +83,7 @@ def _add_v1(app: FastAPI, backend: Backend, limits: Limits, meters: Meters) -> N
     async def search(body: Annotated[tuple[Any, list[bytes]], Depends(_parse_search)]) -> SearchResponse:
         """Nearest rows of a text, an image, a vector or a sample of the index; or of a batch of them."""
         request, uploads = body
-        found = await backend.search(request.index, read_search(request, limits, uploads), request.k)
+        found = await backend.search(request.index, read_search(request, limits, uploads), request.k, request.collapse)
         if found.answer.degraded:
             meters.degraded.inc()
         return SearchResponse(
@@ -113,6 +117,19 @@ def _add_v1(app: FastAPI, backend: Backend, limits: Limits, meters: Meters) -> N
         """The splits that /v1/similarity judges by."""
         return SplitsResponse(splits=await backend.splits())
 
+    @app.get("/v1/tests")
+    async def tests() -> SetsResponse:
+        """The test sets that /v1/similarity compares with: how close each lies to the training set."""
+        return SetsResponse(tests=await backend.sets())
+
+    @app.get("/v1/thumbnails/{row_id}", response_class=Response, responses={200: {"content": {"image/jpeg": {}}}})
+    async def thumbnail(
+        row_id: Annotated[int, Path(ge=0, lt=1 << 63)], index: Annotated[str | None, Query(max_length=200)] = None
+    ) -> Response:
+        """A small JPEG of a row of an index, read from its shard."""
+        data = await backend.thumbnail(index, row_id)
+        return Response(data, media_type="image/jpeg", headers={"cache-control": "private, max-age=300"})
+
     @app.post("/v1/zero-shot", openapi_extra=_body_schema("ZeroShotRequest"))
     async def zero_shot(body: Annotated[tuple[Any, list[bytes]], Depends(_parse_zero_shot)]) -> ZeroShotResponse:
         """Classify images into the classes of the request."""
@@ -145,9 +162,11 @@ def _add_health(app: FastAPI, backend: Backend, meters: Meters) -> None:
         """Prometheus metrics of this replica."""
         return Response(meters.text(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def page() -> HTMLResponse:
-        return HTMLResponse(PAGE)
+    @app.get("/", response_class=FileResponse, include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html", headers={"content-security-policy": PAGE_POLICY})
+
+    app.mount("/page", StaticFiles(directory=PAGE))
 
 
 async def _parse_search(request: Request) -> tuple[SearchRequest, list[bytes]]:
@@ -209,6 +228,12 @@ def _add_errors(app: FastAPI) -> None:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
         body = ApiError(error.status_code, code, str(error.detail), "see /docs").as_dict()
         return JSONResponse(body, error.status_code, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(step) for step in first["loc"])
+        return JSONResponse(ApiError(400, "invalid_request", f"{where}: {first['msg']}", "see /docs").as_dict(), 400)
 
     @app.exception_handler(ClipgapError)
     async def damaged(_: Request, error: ClipgapError) -> JSONResponse:

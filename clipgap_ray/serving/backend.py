@@ -20,12 +20,22 @@ from clipgap_ray.encoder import Encoder, ImageError, Preprocess
 from clipgap_ray.index import Answer, LocalIndex
 from clipgap_ray.kernels.vectors import normalise
 from clipgap_ray.kernels.zero_shot import class_weights
+from clipgap_ray.serving import results
 from clipgap_ray.serving.coverage import Coverage
 from clipgap_ray.serving.inputs import Query
-from clipgap_ray.serving.messages import ApiError, IndexInfo, Neighbour, Readiness, SimilarityResult, SplitInfo
+from clipgap_ray.serving.messages import (
+    ApiError,
+    IndexInfo,
+    Neighbour,
+    Readiness,
+    SetInfo,
+    SimilarityResult,
+    SplitInfo,
+)
 from clipgap_ray.serving.metadata import Metadata
 
 CACHED_CLASS_SETS = 32
+MOST_ASKED = 64  # times k: how far a search goes for rows that are not hidden
 
 
 @dataclass(frozen=True)
@@ -48,8 +58,12 @@ class Covered:
 class Backend(Protocol):
     """What `api.make_api` needs."""
 
-    async def search(self, index: str | None, queries: list[Query], k: int) -> Found:
+    async def search(self, index: str | None, queries: list[Query], k: int, collapse: float | None = None) -> Found:
         """Return the k nearest rows of every query; ApiError for an unknown index or uid, or a wrong dimension."""
+        ...
+
+    async def describe(self, index: str | None, row_ids: list[int]) -> list[dict[str, Any]]:
+        """Return the metadata of rows, {} for an unknown or hidden one."""
         ...
 
     async def zero_shot(self, images: list[bytes], classes: list[str], templates: list[str]) -> np.ndarray:
@@ -62,6 +76,14 @@ class Backend(Protocol):
 
     async def splits(self) -> list[SplitInfo]:
         """Return the splits that queries are judged by."""
+        ...
+
+    async def sets(self) -> list[SetInfo]:
+        """Return the test sets that queries are compared with."""
+        ...
+
+    async def thumbnail(self, index: str | None, row_id: int) -> bytes:
+        """Return a small JPEG of a row of an index; ApiError 404 where there is none to show."""
         ...
 
     async def indices(self) -> list[IndexInfo]:
@@ -171,31 +193,55 @@ class IndexBackend:
         self.preprocess = preprocess
         self._class_sets: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], np.ndarray] = OrderedDict()
 
-    async def search(self, index: str | None, queries: list[Query], k: int) -> Found:
+    async def search(self, index: str | None, queries: list[Query], k: int, collapse: float | None = None) -> Found:
         """Return the k nearest rows of every query.
+
+        Args:
+            index: Its name; None is the first.
+            queries: What to look for.
+            k: Neighbours per query.
+            collapse: Leave out a neighbour at least so alike to a nearer one.
 
         Raises:
             ApiError: 404 for an unknown index or uid, 400 for a broken image or a vector of another dimension,
                 503 when no shard answers.
         """
         searcher = self._searcher(index)
-        return await self._nearest(searcher, await self._encode(searcher, queries), k)
+        return await self._nearest(searcher, await self._encode(searcher, queries), k, collapse)
 
-    async def _nearest(self, searcher: Searcher, rows: np.ndarray, k: int) -> Found:
-        answer = await searcher.answer(rows, k)
-        if not answer.shards_ok:
-            raise ApiError(503, "no_shard", f"none of {answer.shards} index shards answered", "try again in seconds")
-        known = answer.row_ids >= 0
-        described = await asyncio.to_thread(searcher.metadata.lookup, answer.row_ids[known])
-        flat = iter(described)
-        neighbours = [
-            [
-                Neighbour(row_id=int(row_id), row_id_str=str(row_id), similarity=float(similarity), **next(flat))
-                for row_id, similarity in zip(ids[ids >= 0], similarities[ids >= 0], strict=True)
-            ]
-            for ids, similarities in zip(answer.row_ids, answer.similarities, strict=True)
-        ]
-        return Found(searcher.info, answer, neighbours)
+    async def describe(self, index: str | None, row_ids: list[int]) -> list[dict[str, Any]]:
+        """Return the metadata of rows, {} for an unknown or hidden one.
+
+        Raises:
+            ApiError: 404 for an unknown index.
+        """
+        metadata = self._searcher(index).metadata
+        return await asyncio.to_thread(metadata.lookup, np.array(row_ids, np.int64))
+
+    async def _nearest(self, searcher: Searcher, rows: np.ndarray, k: int, collapse: float | None = None) -> Found:
+        """Search and describe; what is hidden or collapsed is replaced by what comes after it."""
+        wanted = k
+        while True:
+            answer = await searcher.answer(rows, wanted)
+            if not answer.shards_ok:
+                raise ApiError(
+                    503, "no_shard", f"none of {answer.shards} index shards answered", "try again in seconds"
+                )
+            chosen = results.Chosen(k, collapse, self.coverage)
+            neighbours = await asyncio.to_thread(results.describe, searcher.metadata, answer, chosen)
+            complete = all(len(near) == k for near in neighbours) or (answer.row_ids < 0).any()
+            if complete or wanted >= MOST_ASKED * k:
+                return Found(searcher.info, answer, neighbours)
+            wanted *= 4
+
+    async def thumbnail(self, index: str | None, row_id: int) -> bytes:
+        """Return a small JPEG of a row.
+
+        Raises:
+            ApiError: 404 for an unknown index or row, a hidden one, or one without an image that can be read.
+        """
+        metadata = self._searcher(index).metadata
+        return await asyncio.to_thread(results.thumbnail, metadata, row_id)
 
     async def similarity(self, index: str | None, queries: list[Query], k: int) -> Covered:
         """Return how covered every query is by the training set, beside the test sets and splits of the score run.
@@ -208,12 +254,16 @@ class IndexBackend:
         searcher = self._searcher(index)
         rows = await self._encode(searcher, queries)
         found = await self._nearest(searcher, rows, k)
-        results = await asyncio.to_thread(_cover, self.coverage, queries, rows, found.neighbours, k)
-        return Covered(found, results)
+        covered = await asyncio.to_thread(results.cover, self.coverage, queries, rows, found.neighbours, k)
+        return Covered(found, covered)
 
     async def splits(self) -> list[SplitInfo]:
         """Return the splits that queries are judged by; none without scores."""
         return self.coverage.describe() if self.coverage else []
+
+    async def sets(self) -> list[SetInfo]:
+        """Return the test sets that queries are compared with; none without scores."""
+        return self.coverage.sets() if self.coverage else []
 
     def _searcher(self, name: str | None) -> Searcher:
         name = next(iter(self.searchers)) if name is None else name
@@ -278,23 +328,6 @@ class IndexBackend:
         counts = await asyncio.gather(*(searcher.shards_ok() for searcher in self.searchers.values()))
         shards = sum(searcher.info.shards for searcher in self.searchers.values())
         return Readiness(ready=sum(counts) == shards, shards=shards, shards_ok=sum(counts))
-
-
-def _cover(
-    coverage: Coverage, queries: list[Query], rows: np.ndarray, neighbours: list[list[Neighbour]], k: int
-) -> list[SimilarityResult]:
-    results = []
-    for query, row, near in zip(queries, rows, neighbours, strict=True):
-        nearest = near[0].similarity if near else -np.inf
-        results.append(
-            SimilarityResult(
-                similarity=nearest if near else None,
-                neighbours=near,
-                tests=coverage.compare(row, nearest, k),
-                splits=coverage.judge(row, query.uid),
-            )
-        )
-    return results
 
 
 class LocalBackend(IndexBackend):

@@ -17,7 +17,9 @@ from clipgap_ray.embeddings import EmbeddingSet, check_same_encoder
 from clipgap_ray.errors import ConfigError
 from clipgap_ray.kernels import subsets
 from clipgap_ray.kernels.vectors import exact_matrix, to_storage
-from clipgap_ray.serving.messages import SetCoverage, SetNeighbour, SplitInfo, SplitVerdict
+from clipgap_ray.serving.messages import SetCoverage, SetInfo, SetNeighbour, SplitInfo, SplitVerdict
+
+HISTOGRAM_BINS = 40
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,21 @@ class Coverage:
         tau = {test.name: test.tau for test in self.tests}
         return [_judge(split, own, tau, uid) for split in self.splits]
 
+    def keeping(self, uids: list[str]) -> list[list[str]]:
+        """Return for each uid the names of the splits that keep it."""
+        if not uids:
+            return []
+        packed = schema.pack_uids(uids)
+        stays = [subsets.contains(split.uids, packed) for split in self.splits]
+        return [
+            [split.recipe["name"] for split, own in zip(self.splits, stays, strict=True) if own[at]]
+            for at in range(len(uids))
+        ]
+
+    def sets(self) -> list[SetInfo]:
+        """Return the test sets with the histograms of their nearest similarities."""
+        return [_histograms(test) for test in self.tests]
+
     def describe(self) -> list[SplitInfo]:
         """Return the splits with their kinds, test sets and sizes."""
         return [
@@ -116,6 +133,20 @@ def _open_test(scores: str, name: str, uri: str) -> SetRows:
         np.sort(table.column("similarity").to_numpy()),
         table.column("uid").to_pylist(),
         [value or "" for value in classes],
+    )
+
+
+def _histograms(test: SetRows) -> SetInfo:
+    tau = test.tau[~np.isnan(test.tau)]
+    both = np.concatenate([test.nearest, tau])
+    low, high = (float(both.min()), float(both.max())) if len(both) else (0.0, 1.0)
+    edges = np.linspace(low, max(high, low + 1e-6), HISTOGRAM_BINS + 1)
+    return SetInfo(
+        name=test.name,
+        rows=len(test.nearest),
+        edges=edges.tolist(),
+        train=np.histogram(test.nearest, edges)[0].tolist(),
+        reference=np.histogram(tau, edges)[0].tolist() if len(tau) else None,
     )
 
 

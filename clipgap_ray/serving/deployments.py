@@ -30,6 +30,7 @@ from clipgap_ray.config.serve import TOKEN_VARIABLE, ServeSettings
 from clipgap_ray.embeddings import check_same_encoder
 from clipgap_ray.encoder import EncoderSettings, check
 from clipgap_ray.errors import ConfigError
+from clipgap_ray.hidden import read_hidden
 from clipgap_ray.index import Answer, open_shard
 from clipgap_ray.kernels.topk import merge_topk
 from clipgap_ray.serving.api import make_api
@@ -185,6 +186,8 @@ class GatewayConfig:
         token_hash: sha256 of the bearer token, or None.
         scores: A score run for /v1/similarity, or "".
         splits: Splits of its pool.
+        blocklist: Takedown list, or "".
+        hide: Rules over the metadata whose rows are never shown.
     """
 
     indexes: dict[str, str]
@@ -194,6 +197,8 @@ class GatewayConfig:
     token_hash: str | None
     scores: str = ""
     splits: tuple[str, ...] = ()
+    blocklist: str = ""
+    hide: tuple[str, ...] = ()
 
 
 @serve.deployment(
@@ -210,9 +215,10 @@ class Gateway:
         self, config: GatewayConfig, encoder: DeploymentHandle, shards: dict[str, list[DeploymentHandle]]
     ) -> None:
         searchers = {}
+        hidden = read_hidden(config.blocklist, config.hide)
         for name, uri in config.indexes.items():
             manifest = rundir.read_manifest(uri, "index")
-            metadata = Metadata(manifest["embeddings"]["uri"], manifest["modality"])
+            metadata = Metadata(manifest["embeddings"]["uri"], manifest["modality"], hidden=hidden)
             info = index_info(name, manifest)
             searchers[name] = RemoteSearcher(info, shards[name], metadata, config.shard_timeout_s)
         coverage = Coverage(config.scores, config.splits) if config.scores else None
@@ -256,6 +262,7 @@ def build_app(args: ServeSettings | Mapping[str, Any]) -> serve.Application:
         body_bytes=int(settings.max_body_mb * 1e6),
         image_pixels=int(settings.max_image_megapixels * 1e6),
     )
+    read_hidden(settings.blocklist, settings.hide)
     if settings.scores:
         Coverage(settings.scores, settings.splits).check(fingerprint)
     config = GatewayConfig(
@@ -266,6 +273,8 @@ def build_app(args: ServeSettings | Mapping[str, Any]) -> serve.Application:
         token_sha256(token) if token else None,
         settings.scores,
         settings.splits,
+        settings.blocklist,
+        settings.hide,
     )
     return Gateway.bind(config, EncoderDeployment.bind(encoder), shards)  # type: ignore[attr-defined]
 

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from clipgap_ray.serving.messages import ApiError
 
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
+OPEN_PREFIX = "/page/"  # the static files of the search page: what it shows needs the token
 UNKNOWN = "other"  # one label for all paths that are no route: strangers must not create time series
 
 
@@ -82,12 +83,17 @@ class Guard:
         else:
             await self.app(scope, _replay(body, receive), watched)
         finally:
-            route = scope["path"] if scope["path"] in self.routes else UNKNOWN
+            route = self._label(scope["path"])
             self.meters.requests.labels(route, str(status)).inc()
             self.meters.seconds.labels(route).observe(time.monotonic() - started)
 
+    def _label(self, path: str) -> str:
+        if path in self.routes:
+            return path
+        return next((prefix for prefix in ("/v1/thumbnails/", OPEN_PREFIX) if path.startswith(prefix)), UNKNOWN)
+
     def _authorise(self, scope: Scope) -> None:
-        if self.token_hash is None or scope["path"] in OPEN_PATHS:
+        if self.token_hash is None or scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_PREFIX):
             return
         header = dict(scope["headers"]).get(b"authorization", b"")
         kind, _, token = header.partition(b" ")

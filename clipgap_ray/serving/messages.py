@@ -85,6 +85,8 @@ class SearchRequest(QueryFields):
     """Neighbours per query."""
     index: str | None = None
     """Which index; default: the first one."""
+    collapse: float | None = pydantic.Field(default=None, ge=0, le=1)
+    """Leave out a neighbour that is at least so alike to a nearer one: near duplicates are shown once."""
 
 
 class ZeroShotRequest(Strict):
@@ -113,6 +115,9 @@ class Neighbour(pydantic.BaseModel):
     caption: str | None = None
     image_path: str | None = None
     shard: str | None = None
+    url: str | None = None
+    splits: list[str] | None = None
+    """The service's splits that keep it; null where the service knows none."""
 
 
 class SearchResponse(pydantic.BaseModel):
@@ -201,6 +206,25 @@ class SplitInfo(pydantic.BaseModel):
     tests: list[str]
     pool: int
     kept: int
+
+
+class SetInfo(pydantic.BaseModel):
+    """A test set: how many of its images lie how close to the training set, and to the reference."""
+
+    name: str
+    rows: int
+    edges: list[float]
+    """Edges of the bins of similarity."""
+    train: list[int]
+    """Test images per bin, by the similarity to their nearest training image."""
+    reference: list[int] | None = None
+    """The same for the nearest reference image (tau)."""
+
+
+class SetsResponse(pydantic.BaseModel):
+    """The test sets that /v1/similarity compares with."""
+
+    tests: list[SetInfo]
 
 
 class SplitsResponse(pydantic.BaseModel):

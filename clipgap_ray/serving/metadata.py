@@ -15,8 +15,10 @@ import pyarrow.compute as pc
 
 from clipgap_ray import schema
 from clipgap_ray.embeddings import EmbeddingSet
+from clipgap_ray.hidden import Hidden
 
-COLUMNS = ["uid", "caption", "image_path", "shard"]
+COLUMNS = ["uid", "caption", "image_path", "shard", "url"]
+PLACE = ["image_path", "image_offset", "image_bytes"]  # where a row's image lies
 CACHE_BYTES = 256 << 20
 
 
@@ -27,25 +29,62 @@ class Metadata:
         uri: The folder that the index was built from.
         modality: Whose vectors `vector` returns: image or text.
         cache_bytes: Memory for tables; one part is always kept.
+        hidden: Rows that no answer may show.
     """
 
-    def __init__(self, uri: str, modality: str = "image", cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self, uri: str, modality: str = "image", cache_bytes: int = CACHE_BYTES, hidden: Hidden | None = None
+    ) -> None:
         self.rows = EmbeddingSet.open(uri)
+        self.hidden = hidden or Hidden()
+        self._columns = list(dict.fromkeys([*COLUMNS, *PLACE, *self.hidden.columns]))
         self.modality = modality
         self.cache_bytes = cache_bytes
+        self._num_rows = {part.number: part.num_rows for part in self.rows.parts}
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()
         self._lock = threading.Lock()
 
     def lookup(self, row_ids: np.ndarray) -> list[dict[str, Any]]:
-        """Return `COLUMNS` of each of (n,) int64 row ids, in order; each part is read once."""
+        """Return `COLUMNS` of each of (n,) int64 row ids, in order; each part is read once.
+
+        A row that is unknown or hidden is {}.
+        """
         parts, positions = schema.split_row_ids(row_ids)
         found: list[dict[str, Any]] = [{} for _ in range(len(parts))]
         for part in np.unique(parts):
-            here = np.flatnonzero(parts == part)
+            here = np.flatnonzero((parts == part) & (positions < self._num_rows.get(int(part), 0)))
+            if not len(here):
+                continue
             taken = self._table(int(part)).take(pa.array(positions[here])).to_pylist()
             for at, row in zip(here, taken, strict=True):
-                found[at] = row
+                if not self.hidden.reason(row):
+                    found[at] = {name: row[name] for name in COLUMNS}
         return found
+
+    def vectors(self, row_ids: np.ndarray) -> np.ndarray:
+        """Return the (n, d) float32 rows of (n,) row ids; local embeddings are read in place."""
+        parts, positions = schema.split_row_ids(row_ids)
+        read = self.rows.images if self.modality == "image" else self.rows.texts
+        found = np.zeros((len(row_ids), self.rows.dim), np.float32)
+        for part in np.unique(parts):
+            here = np.flatnonzero(parts == part)
+            found[here] = read(int(part))[positions[here]]
+        return found
+
+    def image(self, row_id: int) -> bytes:
+        """Return the encoded image of a row, read by range from its shard.
+
+        Raises:
+            KeyError: If there is no such row, or it is hidden.
+            DataError: If the embeddings came without images, or the shard is gone.
+        """
+        part, position = (int(value[0]) for value in schema.split_row_ids(np.array([row_id])))
+        if position >= self._num_rows.get(part, 0):
+            raise KeyError(row_id)
+        row = self._table(part).slice(position, 1).to_pylist()[0]
+        if self.hidden.reason(row):
+            raise KeyError(row_id)
+        return self.rows.image_bytes(part, row)
 
     def vector(self, uid: str) -> np.ndarray | None:
         """Return the (d,) float16 row of a uid, or None.
@@ -64,7 +103,7 @@ class Metadata:
         with self._lock:
             table = self._tables.pop(part, None)
         if table is None:
-            table = self.rows.metadata(part, COLUMNS)
+            table = self.rows.metadata(part, self._columns)
         with self._lock:
             self._tables[part] = table
             while len(self._tables) > 1 and sum(t.nbytes for t in self._tables.values()) > self.cache_bytes:

@@ -18,6 +18,7 @@ from clipgap_ray import __version__, rundir, schema, store
 from clipgap_ray.config.audit import AuditSettings, parse_rule
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import BudgetError, ClipgapError, ConfigError, DataError
+from clipgap_ray.hidden import read_hidden
 from clipgap_ray.kernels.nearest import nearest
 from clipgap_ray.reporting import contamination, figures, galleries, page
 from clipgap_ray.reporting.similarity import histogram_records
@@ -257,9 +258,7 @@ def _failed_rules(settings: AuditSettings, results: list[dict[str, Any]]) -> lis
 
 def _write_page(settings: AuditSettings, pool: EmbeddingSet, targets: list[Target], report: dict[str, Any]) -> None:
     found = {"pool": pool, **{f"test:{target.name}": target.test for target in targets}}
-    pictures = galleries.Thumbnails(
-        found.get, galleries.read_hidden(settings.blocklist, settings.hide), settings.images
-    )
+    pictures = galleries.Thumbnails(found.get, read_hidden(settings.blocklist, settings.hide), settings.images)
     strips = {result["test"]: [_strip(pictures, result["test"], pair) for pair in result["pairs"]]
               for result in report["tests"]}  # fmt: skip
     html = page.render_page(

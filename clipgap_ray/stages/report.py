@@ -15,8 +15,9 @@ from typing import Any
 from clipgap_ray import __version__, rundir, store
 from clipgap_ray.config.report import ReportSettings
 from clipgap_ray.errors import BudgetError
+from clipgap_ray.hidden import read_hidden
 from clipgap_ray.reporting import conclusions, layout, page, sections
-from clipgap_ray.reporting.galleries import Thumbnails, read_hidden
+from clipgap_ray.reporting.galleries import Thumbnails
 from clipgap_ray.reporting.numbers import Numbers, compute
 from clipgap_ray.reporting.study import Study
 

@@ -14,6 +14,7 @@ from matplotlib import pyplot
 from clipgap_ray import schema, store
 from clipgap_ray.config.report import ReportSettings
 from clipgap_ray.errors import ConfigError, DataError
+from clipgap_ray.hidden import read_hidden
 from clipgap_ray.reporting import conclusions, density, figures, galleries, joined, planted, similarity, tables, theme
 from clipgap_ray.reporting.study import Study
 from clipgap_ray.stages import report
@@ -209,7 +210,7 @@ def test_ladder_falls(study) -> None:
 def test_blocked_images_are_never_shown(built, study, tmp_path) -> None:
     blocked = built.pool.uids[3:5]
     np.save(tmp_path / "b.npy", schema.pack_uids(blocked))
-    hidden = galleries.read_hidden(str(tmp_path / "b.npy"), ("caption~SKETCH", "image_bytes>100000"))
+    hidden = read_hidden(str(tmp_path / "b.npy"), ("caption~SKETCH", "image_bytes>100000"))
     pictures = galleries.Thumbnails(study.embeddings, hidden)
     assert pictures.by_row_id("pool", 3) == ("", "", "on the blocklist")
     drawn, photo = built.pool.styles.index("sketch", 5), built.pool.styles.index("photo", 5)
