@@ -253,7 +253,7 @@ class IndexBackend:
             raise ApiError(404, "no_scores", "this service knows no scores", "start it with --scores SCORES")
         searcher = self._searcher(index)
         rows = await self._encode(searcher, queries)
-        found = await self._nearest(searcher, rows, k)
+        found = await self._nearest(searcher, rows, max(k, 2))
         covered = await asyncio.to_thread(results.cover, self.coverage, queries, rows, found.neighbours, k)
         return Covered(found, covered)
 

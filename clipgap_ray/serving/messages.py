@@ -180,7 +180,7 @@ class SimilarityResult(pydantic.BaseModel):
     """Coverage of one query."""
 
     similarity: float | None = None
-    """To the nearest training image."""
+    """To the nearest training image, or, for a uid of the index, to the nearest other one."""
     neighbours: list[Neighbour]
     tests: list[SetCoverage]
     splits: list[SplitVerdict]

@@ -91,16 +91,18 @@ def cover(
         coverage: The score run and its splits.
         queries: As asked.
         rows: (nq, d) float32 unit rows.
-        neighbours: Of every query.
-        k: Test rows to name per test set.
+        neighbours: Of every query: at least two, where it may be a row of the index itself.
+        k: Test rows to name per test set, and neighbours.
     """
     results = []
     for query, row, near in zip(queries, rows, neighbours, strict=True):
-        nearest = near[0].similarity if near else -np.inf
+        # A row of the training set is nearest to itself, which says nothing: its nearest other row counts.
+        others = [neighbour.similarity for neighbour in near if neighbour.uid is None or neighbour.uid != query.uid]
+        nearest = others[0] if others else -np.inf
         results.append(
             SimilarityResult(
-                similarity=nearest if near else None,
-                neighbours=near,
+                similarity=nearest if others else None,
+                neighbours=near[:k],
                 tests=coverage.compare(row, nearest, k),
                 splits=coverage.judge(row, query.uid),
             )

@@ -115,8 +115,9 @@ const keptBy = (names) => (names.length ? `kept by ${names.join(", ")}` : "kept 
 
 async function showCoverage(asked) {
   $("coverage").hidden = true;
-  if (!state.tests?.length) return;
-  const { results: [own] } = await json("/v1/similarity", request({ k: 1 }));
+  // The histograms are of images: what words are alike to an image is on another scale.
+  if (!state.tests?.length || state.query.text !== undefined) return;
+  const { results: [own] } = await json("/v1/similarity", request({ k: 2 }));
   if (asked !== state.asked || own.similarity === null) return;
   $("coverage").hidden = false;
   $("tests").replaceChildren(...own.tests.map((test) => histogram(test, own.similarity)));
