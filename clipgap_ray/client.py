@@ -30,6 +30,8 @@ class Neighbour:
     caption: str | None = None
     image_path: str | None = None
     shard: str | None = None
+    url: str | None = None
+    splits: list[str] | None = None  # of the service, those that keep it
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,9 @@ class Coverage:
 
 
 def _search_body(
-    text: str | None, image: bytes | None, vector: Any, uid: str | None, queries: Any, k: int, index: str | None
+    text: str | None, image: bytes | None, vector: Any, uid: str | None, queries: Any, **more: Any
 ) -> dict[str, Any]:
-    body: dict[str, Any] = {"k": k, "index": index, "text": text, "uid": uid, "queries": queries}
+    body: dict[str, Any] = {"text": text, "uid": uid, "queries": queries, **more}
     if image is not None:
         body["image"] = base64.b64encode(image).decode()
     if vector is not None:
@@ -207,13 +209,17 @@ class Client:
         queries: Sequence[dict[str, Any]] | None = None,
         k: int = 10,
         index: str | None = None,
+        collapse: float | None = None,
     ) -> SearchResult:
         """Return the k nearest rows of one query, or of each of `queries` (dicts with text, vector, uid or image).
+
+        `collapse` leaves out a neighbour that is at least so alike to a nearer one.
 
         Raises:
             ClipgapError: With the server's message.
         """
-        return _read_search(self._call("POST", "/v1/search", _search_body(text, image, vector, uid, queries, k, index)))
+        body = _search_body(text, image, vector, uid, queries, k=k, index=index, collapse=collapse)
+        return _read_search(self._call("POST", "/v1/search", body))
 
     def similarity(
         self,
@@ -230,7 +236,7 @@ class Client:
         Raises:
             ClipgapError: With the server's message.
         """
-        body = _search_body(text, image, vector, uid, queries, k, index)
+        body = _search_body(text, image, vector, uid, queries, k=k, index=index)
         return _read_similarity(self._call("POST", "/v1/similarity", body))
 
     def zero_shot(
@@ -294,9 +300,10 @@ class AsyncClient:
         queries: Sequence[dict[str, Any]] | None = None,
         k: int = 10,
         index: str | None = None,
+        collapse: float | None = None,
     ) -> SearchResult:
         """See `Client.search`."""
-        body = _search_body(text, image, vector, uid, queries, k, index)
+        body = _search_body(text, image, vector, uid, queries, k=k, index=index, collapse=collapse)
         return _read_search(await self._call("POST", "/v1/search", body))
 
     async def similarity(
@@ -310,7 +317,7 @@ class AsyncClient:
         index: str | None = None,
     ) -> list[Coverage]:
         """See `Client.similarity`."""
-        body = _search_body(text, image, vector, uid, queries, k, index)
+        body = _search_body(text, image, vector, uid, queries, k=k, index=index)
         return _read_similarity(await self._call("POST", "/v1/similarity", body))
 
     async def zero_shot(
