@@ -96,6 +96,7 @@ def _cluster() -> Iterator[None]:
     else:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into the home directory
         ray.init(
+            address="local",  # else Ray would join a cluster that happens to run on this machine
             num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1),
             include_dashboard=False,
             logging_level=logging.ERROR,

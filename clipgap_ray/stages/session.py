@@ -63,6 +63,7 @@ def _start_private() -> None:
 
 def _init_private() -> None:
     ray.init(
+        address="local",  # else Ray would join a cluster that happens to run on this machine
         num_cpus=max(LOCAL_CPUS, os.cpu_count() or 1),
         include_dashboard=False,
         logging_level=logging.ERROR,

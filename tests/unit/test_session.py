@@ -69,3 +69,10 @@ def test_a_ray_that_never_starts_is_a_clear_error(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(session, "_init_private", start)
     with pytest.raises(ClipgapError, match="Ray did not start on this machine"):
         session._start_private()
+
+
+def test_a_cluster_that_happens_to_run_here_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = {}
+    monkeypatch.setattr(session.ray, "init", lambda **given: words.update(given))
+    session._init_private()
+    assert words["address"] == "local"
