@@ -200,9 +200,11 @@ def with_class_names(test_set: TestSet, names: tuple[str, ...], where: str) -> T
     """
     place = {name: label for label, name in reversed(list(enumerate(names)))}
     lacking = [name for name in test_set.class_names if name not in place]
-    if len(names) == len(test_set.class_names) and (lacking or test_set.layout == "wds"):
+    numbered = test_set.layout in ("wds", "counteranimal")  # labels are numbers: only their order counts
+    renames = numbered or (lacking and test_set.layout == "folder")
+    if len(names) == len(test_set.class_names) and renames:
         return replace(test_set, class_names=names)
-    if lacking or test_set.layout in ("wds", "counteranimal"):
+    if lacking or numbered:
         raise ConfigError(
             f"{where} has {len(names)} class names, {test_set.uri} has {len(test_set.class_names)} classes"
             + (f", of which the list lacks {lacking[0]!r}" if lacking else ""),

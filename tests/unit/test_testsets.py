@@ -100,8 +100,10 @@ def test_counteranimal_s_tree_with_stray_files(tmp_path: Path) -> None:
         ("1 ice bear/common-snow/b.jpg", 1, "ice bear", "common", "A photo of ice bear."),
         ("1 ice bear/counter-grass/c.jpg", 1, "ice bear", "counter", "A photo of ice bear."),
     ]
-    assert skips == []
-    assert len({s.uid for s in samples}) == 4
+    assert [(s.key, s.reason, s.is_sample) for s in skips] == [
+        ("1 ice bear/common-snow/list.txt.bak", "not_an_image", False)
+    ]
+    assert len({s.uid for s in samples}) == 5
 
 
 def test_one_folder_per_class(tmp_path: Path) -> None:
@@ -173,11 +175,15 @@ def test_an_own_list_of_names_renames_or_relabels(tmp_path: Path) -> None:
     wide = with_class_names(folder, ("bird", "n02", "n01"), "x")
     assert wide.labels == {"n01": 2, "n02": 1}
     assert [s.class_name for s in read(wide)[0]] == ["n01", "n02"]
-    with pytest.raises(ConfigError, match="x has 3 class names, .* has 2 classes, of which the list lacks 'n01'"):
+    with pytest.raises(ConfigError, match=r"x has 3 class names, .* has 2 classes, of which the list lacks 'n01'"):
         with_class_names(folder, ("a", "b", "n02"), "x")
     wds = open_test_set(write(tmp_path / "w", {"classnames.txt": "a\nb\n", "test/0.tar": wds_tar("0")}))
     assert with_class_names(wds, ("b", "a"), "x").class_names == ("b", "a")  # labels are numbers: names in their order
-    with pytest.raises(ConfigError, match="x has 3 class names, .* has 2 classes"):
+    manifest = write(tmp_path / "m", {"m.csv": "path,class_name\na.jpg,cat\n"}) + "/m.csv"
+    assert with_class_names(open_test_set(manifest), ("dog", "cat"), "x").class_names == ("dog", "cat")
+    with pytest.raises(ConfigError, match="lacks 'cat'"):  # names decide there, so none may be missing
+        with_class_names(open_test_set(manifest), ("dog",), "x")
+    with pytest.raises(ConfigError, match=r"x has 3 class names, .* has 2 classes"):
         with_class_names(wds, ("a", "b", "c"), "x")
 
 
