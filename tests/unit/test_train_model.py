@@ -27,6 +27,8 @@ VIT = {
 }
 # bfloat16 has 8 bits: of a loss of about 2, a dozen layers deep
 BF16_TOLERANCE = 0.05
+# Sums of float32 in another order: a few units in the last place, of the largest gradient or of 1.
+ORDER_TOLERANCE = 5e-6
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,7 +61,8 @@ def gradient(position: int = 0, **more: Any) -> tuple[float, dict[str, torch.Ten
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 1e-6) -> bool:
     assert one.keys() == other.keys()
-    return all((one[name] - other[name]).abs().max() <= tolerance for name in one)
+    largest = {name: max(1.0, float(grad.abs().max())) for name, grad in one.items()}
+    return all((one[name] - other[name]).abs().max() <= tolerance * largest[name] for name in one)
 
 
 @pytest.mark.parametrize(
@@ -69,16 +72,16 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance
 def test_memory_is_saved_without_changing_loss_or_gradient(more: dict[str, Any], siglip: bool) -> None:
     loss, grads = gradient(siglip=siglip)
     other_loss, other_grads = gradient(siglip=siglip, **more)
-    assert other_loss == pytest.approx(loss, abs=1e-6)
-    assert same(grads, other_grads)
+    assert other_loss == pytest.approx(loss, abs=ORDER_TOLERANCE)
+    assert same(grads, other_grads, ORDER_TOLERANCE)
     assert max(float(g.abs().max()) for g in grads.values()) > 1e-3
 
 
 def test_a_classifier_accumulates_the_mean_of_its_losses() -> None:
     loss, grads = gradient(objective="supervised")
     other_loss, other_grads = gradient(objective="supervised", batch_size=2)
-    assert other_loss == pytest.approx(loss, abs=1e-6)
-    assert same(grads, other_grads)
+    assert other_loss == pytest.approx(loss, abs=ORDER_TOLERANCE)
+    assert same(grads, other_grads, ORDER_TOLERANCE)
 
 
 def test_patch_dropout_depends_on_the_position_alone() -> None:
@@ -100,8 +103,8 @@ def test_bf16_is_close_to_fp32() -> None:
 def test_a_siglip_model_loads_into_the_plain_model(tmp_path: Path) -> None:
     values = settings(siglip=True)
     model = build_model(values, 0)
-    assert float(model.clip.logit_bias) == -10  # type: ignore[union-attr,arg-type]
-    assert float(model.clip.logit_scale) == pytest.approx(math.log(10))  # type: ignore[union-attr,arg-type]
+    assert model.clip.logit_bias.item() == -10  # type: ignore[union-attr,operator]
+    assert model.clip.logit_scale.item() == pytest.approx(math.log(10))  # type: ignore[union-attr,operator]
     torch.save({"state_dict": portable_state(model, "vit-32-test")}, tmp_path / "checkpoint.pt")
     loaded, _, _ = open_clip.create_model_and_transforms("vit-32-test", pretrained=str(tmp_path / "checkpoint.pt"))
     pixels = torch.rand(2, 3, 32, 32)
