@@ -69,10 +69,12 @@ class TestSet:
                 yield Skip(item.key, "bad_label", detail)
                 continue
             yield self._labelled(item, label, self.groups.get(shard.name, ""))
-        if shard.kind == "folder":
+        if shard.kind == "folder" and label_of_folder is not None:
             for item in _odd_files(shard):
-                known = isinstance(item, Sample) and label_of_folder is not None
-                yield self._labelled(item, label_of_folder, self.groups.get(shard.name, "")) if known else item
+                if isinstance(item, Sample):
+                    yield self._labelled(item, label_of_folder, self.groups.get(shard.name, ""))
+                else:
+                    yield item
 
     def _labelled(self, sample: Sample, label: int, group: str) -> Sample:
         name = self.class_names[label]
