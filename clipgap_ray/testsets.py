@@ -69,12 +69,45 @@ class TestSet:
                 yield Skip(item.key, "bad_label", detail)
                 continue
             yield self._labelled(item, label, self.groups.get(shard.name, ""))
+        if shard.kind == "folder" and label_of_folder is not None:
+            for item in _odd_files(shard):
+                if isinstance(item, Sample):
+                    yield self._labelled(item, label_of_folder, self.groups.get(shard.name, ""))
+                else:
+                    yield item
 
     def _labelled(self, sample: Sample, label: int, group: str) -> Sample:
         name = self.class_names[label]
         caption = sample.caption or self.templates[0].format(c=name)
         notes = tuple(note for note in sample.notes if note != "missing_caption")
         return replace(sample, label=label, class_name=name, group=group, caption=caption, notes=notes)
+
+
+# What begins like one of these is an image, whatever its name says.
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+
+
+def _odd_files(shard: Shard) -> Iterator[Sample | Skip]:
+    """Files of a folder that are not named like images: read where the content is one, else reported.
+
+    A .txt beside an image is its caption; hidden files are a file manager's.
+    """
+    names = store.list_names(shard.uri)
+    stems = {name.rsplit(".", 1)[0] for name in names if suffix_of(name) in IMAGE_SUFFIXES}
+    for name in names:
+        caption = suffix_of(name) == "txt" and name.rsplit(".", 1)[0] in stems
+        if suffix_of(name) in IMAGE_SUFFIXES or caption or name.startswith("."):
+            continue
+        key = f"{shard.name}/{name}"
+        try:
+            data = store.read_bytes(store.join(shard.uri, name))
+        except (OSError, DataError):  # a folder
+            yield Skip(key, "not_an_image", "no file", is_sample=False)
+            continue
+        if data.startswith(_MAGIC) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+            yield Sample(key, sample_uid({}, None, None, shard, key), data, notes=("odd_suffix",))
+        else:
+            yield Skip(key, "not_an_image", f"{len(data)} bytes that begin with {data[:8]!r}", is_sample=False)
 
 
 def is_test_set(uri: str) -> bool:
@@ -169,9 +202,11 @@ def with_class_names(test_set: TestSet, names: tuple[str, ...], where: str) -> T
     """
     place = {name: label for label, name in reversed(list(enumerate(names)))}
     lacking = [name for name in test_set.class_names if name not in place]
-    if len(names) == len(test_set.class_names) and (lacking or test_set.layout == "wds"):
+    numbered = test_set.layout in ("wds", "counteranimal")  # labels are numbers: only their order counts
+    renames = numbered or (lacking and test_set.layout == "folder")
+    if len(names) == len(test_set.class_names) and renames:
         return replace(test_set, class_names=names)
-    if lacking or test_set.layout in ("wds", "counteranimal"):
+    if lacking or numbered:
         raise ConfigError(
             f"{where} has {len(names)} class names, {test_set.uri} has {len(test_set.class_names)} classes"
             + (f", of which the list lacks {lacking[0]!r}" if lacking else ""),

@@ -50,6 +50,8 @@ class DataSection(Settings):
     """Labelled set whose gap is matched."""
     tests: dict[str, str]
     """Test sets by name."""
+    crop: dict[str, int] = pydantic.Field(default_factory=dict)
+    """Pixels to cut from every side of a test set's images (objectnet: 2), for similarity and accuracy alike."""
 
 
 class TrainSection(Settings):
@@ -69,6 +71,20 @@ class TrainSection(Settings):
     """Steps of warm-up."""
     wd: pydantic.NonNegativeFloat = 0.05
     """Weight decay."""
+    beta2: float | None = None
+    """AdamW; this and what follows: as `clipgap train` has it, unless given."""
+    eps: float | None = None
+    """AdamW."""
+    precision: Literal["fp32", "amp_bf16"] | None = None
+    """amp_bf16: bfloat16 autocast."""
+    accum_freq: pydantic.PositiveInt | None = None
+    """Forward passes per step."""
+    grad_checkpointing: bool | None = None
+    """Compute activations again in the backward pass."""
+    decoders: pydantic.NonNegativeInt | None = None
+    """Ray actors per worker that decode."""
+    checkpoint_every: pydantic.PositiveInt | None = None
+    """Steps between checkpoints."""
 
 
 class RunSection(Settings):
@@ -139,6 +155,8 @@ class StudyFile(Settings):
         for name, values in self.splits.items():
             schema.check_name(name, "split")
             self.split_settings(name, values, "scores", f"{name}.npy")
+        if self.data is not None and set(self.data.crop) - set(self.data.tests):
+            raise ConfigError(f"data.crop names no test set: {sorted(set(self.data.crop) - set(self.data.tests))}")
         unknown = {run.split for run in self.runs} - set(self.splits) - {"full", "none"}
         if unknown:
             raise ConfigError(f"runs name splits that are not defined: {sorted(unknown)}")

@@ -141,24 +141,26 @@ def decoded(
     samples: list[Sample] = []
     pixels: list[np.ndarray] = []
 
-    def take(sample: Sample, future: Future[np.ndarray]) -> None:
-        try:
-            pixels.append(future.result())
-        except ImageError as error:
-            dropped[error.reason] = dropped.get(error.reason, 0) + 1
-            return
-        sample.image = b""  # a set's encoded bytes need not stay
-        samples.append(sample)
+    def take(item: Sample | Skip, future: Future[np.ndarray] | None) -> None:
+        reason = item.reason if isinstance(item, Skip) else ""
+        if isinstance(item, Sample) and future is not None:
+            try:
+                pixels.append(future.result())
+                item.image = b""  # a set's encoded bytes need not stay
+                samples.append(item)
+            except ImageError as error:
+                reason = error.reason
+        if reason:
+            dropped[reason] = dropped.get(reason, 0) + 1
 
     with ThreadPoolExecutor(decoders, "decode") as pool:
-        waiting: collections.deque[tuple[Sample, Future[np.ndarray]]] = collections.deque()
+        waiting: collections.deque[tuple[Sample | Skip, Future[np.ndarray] | None]] = collections.deque()
         for shard in test_set.shards:
             for item in test_set.read(shard):
-                if isinstance(item, Skip):
-                    if item.is_sample:
-                        dropped[item.reason] = dropped.get(item.reason, 0) + 1
-                    continue
-                waiting.append((item, pool.submit(preprocess.decode, item.image)))
+                if isinstance(item, Sample):
+                    waiting.append((item, pool.submit(preprocess.decode, item.image)))
+                elif item.is_sample:
+                    waiting.append((item, None))
                 if len(waiting) > 2 * size:
                     take(*waiting.popleft())
                 if len(samples) == size:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -109,7 +110,10 @@ def _own_state(settings: EncoderSettings) -> dict[str, Any]:
     path = resolve_checkpoint(settings.pretrained)
     if not path.endswith(".pt") or not os.path.isfile(path):
         return {}
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError):  # OpenAI's archives are programs, not tables: open_clip reads them
+        return {}
     return state if isinstance(state, dict) else {}
 
 

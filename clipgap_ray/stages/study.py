@@ -13,7 +13,7 @@ model was trained on the pool), unless the study names another.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from clipgap_ray import __version__, rundir, store, world
@@ -39,6 +39,7 @@ class Data:
     pool: str
     reference: str
     tests: dict[str, str]
+    crop: dict[str, int] = field(default_factory=dict)  # border by test set, for embedding and evaluation alike
 
 
 def run(settings: RunSettings) -> rundir.Summary:
@@ -82,7 +83,7 @@ def _step(name: str) -> None:
 
 def _data(file: StudyFile, out: str) -> Data:
     if file.data is not None:
-        return Data(file.data.pool, file.data.reference, dict(file.data.tests))
+        return Data(file.data.pool, file.data.reference, dict(file.data.tests), dict(file.data.crop))
     assert file.world is not None  # StudyFile checks that one of the two is there
     _step("world")
     values = file.world.model_dump()
@@ -101,7 +102,7 @@ def _data(file: StudyFile, out: str) -> Data:
 
 
 def _train_settings(file: StudyFile, run: RunSection, seed: int, out: str, data: Data, device: str) -> TrainSettings:
-    values: dict[str, Any] = file.train.model_dump()
+    values: dict[str, Any] = file.train.model_dump(exclude_none=True)
     if run.num_samples is not None:
         values["num_samples"] = run.num_samples
     alone = run.split == "none"
@@ -139,6 +140,7 @@ def _embed_all(out: str, data: Data, metric: tuple[str, str], device: str) -> No
                 out=f"{out}/embed/{name}",
                 model=metric[0],
                 pretrained=metric[1],
+                crop_border=data.crop.get(name, 0),
                 device=device,  # type: ignore[arg-type]
                 yes=True,  # whoever starts a whole study has agreed to its parts
             )
@@ -188,6 +190,7 @@ def _evaluate_all(file: StudyFile, out: str, data: Data, device: str) -> None:
                     pretrained=f"{out}/runs/{name}",
                     test=tests,
                     out=f"{out}/eval/{name}",
+                    crop=tuple(f"{test}={pixels}" for test, pixels in data.crop.items()),
                     device=device,  # type: ignore[arg-type]
                 )
             )

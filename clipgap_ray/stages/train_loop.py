@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from clipgap_ray.errors import DataError
-from clipgap_ray.stages.train_data import Plan, batches, batches_from_actors, prefetched
+from clipgap_ray.stages.train_data import Batch, Plan, batches, batches_from_actors, prefetched
 from clipgap_ray.stages.train_model import (
     Objective,
     build_model,
@@ -58,15 +59,55 @@ def train_loop(config: dict[str, Any]) -> None:
     optimizer = make_optimizer(wrapped, settings)
     if optimizer_state is not None:
         optimizer.load_state_dict(optimizer_state)
-    objective = Objective(plan, device, rank, world_size)
-    wrapped.train()
-    first, seen = step, 0
-    waited, started = 0.0, time.perf_counter()
     source = (
         batches_from_actors(config["plan"], plan, rank, world_size, step)
         if settings["decoders"]
         else batches(plan, rank, world_size, step)
     )
+
+    def after_step(step: int, row: dict[str, Any] | None) -> None:
+        if row is not None:
+            history.append(row)
+            if rank == 0 and config["monitor"] is not None:
+                config["monitor"].add.remote(row)
+        if step % config["checkpoint_every"] == 0 or step == plan.steps:
+            _report(wrapped, optimizer, {"step": step, "history": history, "starts": starts}, plan, rank)
+
+    run_steps(plan, wrapped, optimizer, source, step, rank, world_size, device, after_step)
+
+
+def run_steps(
+    plan: Plan,
+    wrapped: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    source: Iterator[Batch],
+    first: int,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    after_step: Callable[[int, dict[str, Any] | None], None],
+) -> None:
+    """Train from a step to the end of the plan. Knows no Ray: any process group will do, or none.
+
+    Args:
+        plan: Of the run.
+        wrapped: The model, in DDP if there are several ranks.
+        optimizer: Of its parameters.
+        source: This rank's batches from step `first` on.
+        first: Steps that are done.
+        rank: This rank.
+        world_size: Ranks.
+        device: Of the model.
+        after_step: Called with the number of steps done, and at every METRICS_EVERY of them with a row of metrics.
+
+    Raises:
+        DataError: If the ranks together saw more or fewer samples than the steps' share.
+    """
+    settings = plan.settings
+    objective = Objective(plan, device, rank, world_size)
+    wrapped.train()
+    step, seen = first, 0
+    waited, started = 0.0, time.perf_counter()
     for batch, wait in prefetched(source):
         waited += wait
         seen += len(batch[2])
@@ -80,6 +121,7 @@ def train_loop(config: dict[str, Any]) -> None:
         objective.after_step(wrapped)
         step += 1
         last = step == plan.steps
+        row = None
         if step % METRICS_EVERY == 0 or last:
             seconds = max(time.perf_counter() - started, 1e-9)
             row = {
@@ -91,13 +133,9 @@ def train_loop(config: dict[str, Any]) -> None:
                 "samples_per_s": round((step - first) * plan.global_batch / seconds, 1),
                 "workers": world_size,
             }
-            history.append(row)
-            if rank == 0 and config["monitor"] is not None:
-                config["monitor"].add.remote(row)
         if last:
             _check_seen(seen, first, plan, device)
-        if step % config["checkpoint_every"] == 0 or last:
-            _report(wrapped, optimizer, {"step": step, "history": history, "starts": starts}, plan, rank)
+        after_step(step, row)
 
 
 def _check_seen(seen: int, first: int, plan: Plan, device: torch.device) -> None:

@@ -7,6 +7,8 @@ an error here, before a worker starts.
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +17,11 @@ import numpy as np
 import pyarrow.compute as pc
 import ray
 
-from clipgap_ray import doctor, idlists, store
+from clipgap_ray import idlists, store
 from clipgap_ray.config.train import TrainSettings
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.kernels.order import ResampledOrder, SampleOrder
+from clipgap_ray.shards import Skip, read_shard
 from clipgap_ray.sources import list_shards
 from clipgap_ray.stages import samples
 from clipgap_ray.stages.session import bounded, connect, logger
@@ -162,10 +165,8 @@ def _filter(uri: str, split: np.ndarray | None, captions: bool) -> tuple[Part, d
 
 def _check(settings: TrainSettings, chosen: Chosen, split: np.ndarray | None, supervised: bool) -> None:
     if not chosen.available:
-        report = doctor.look_into(settings.source, 2, 200)
-        found = ", ".join(f"{name} {count}" for name, count in report["suffixes"].items()) or "none"
         raise DataError(
-            f"{settings.source} has no readable image; suffixes in its first shards: {found}",
+            f"{settings.source} has no readable image; suffixes in its first shards: {_suffixes(settings.source)}",
             hint="images are members named .jpg, .jpeg, .png or .webp; `clipgap doctor SOURCE` looks closer",
         )
     if split is not None and not chosen.in_split:
@@ -174,12 +175,23 @@ def _check(settings: TrainSettings, chosen: Chosen, split: np.ndarray | None, su
             hint="train on the pool that the split was cut from",
         )
     if not supervised and not chosen.kept:
-        report = doctor.look_into(settings.source, 2, 200)
-        found = ", ".join(f"{name} {count}" for name, count in report["suffixes"].items()) or "none"
         raise DataError(
-            f"none of the {chosen.in_split} samples of {settings.source} has a caption; suffixes found: {found}",
+            f"none of the {chosen.in_split} samples of {settings.source} has a caption; "
+            f"suffixes in its first shards: {_suffixes(settings.source)}",
             hint="captions are members named .txt, or `caption` or `text` in .json",
         )
+
+
+def _suffixes(source: str) -> str:
+    """Name what the first shards hold: a mistaken suffix is the usual reason for finding nothing."""
+    found: Counter[str] = Counter()
+    for shard in list_shards(source)[:2]:
+        for item in itertools.islice(read_shard(shard, images=False), 200):
+            if isinstance(item, Skip):
+                found.update(item.detail.removeprefix("members: ").split(", ") if item.reason == "no_image" else ())
+            else:
+                found.update(member.suffix.lower() for member in item.members)
+    return ", ".join(f"{name} {count}" for name, count in found.most_common()) or "none"
 
 
 def _tell(settings: TrainSettings, chosen: Chosen, uids: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 from clipgap_ray import store
 from clipgap_ray.errors import ConfigError
 from clipgap_ray.shards import Sample, Skip
-from clipgap_ray.testsets import TestSet, is_test_set, open_test_set
+from clipgap_ray.testsets import TestSet, is_test_set, open_test_set, with_class_names
 from tests import made
 
 
@@ -87,7 +87,7 @@ def test_counteranimal_s_tree_with_stray_files(tmp_path: Path) -> None:
         "1 ice bear/common-snow/b.jpg": made.jpeg(0), "1 ice bear/common-snow/a.JPEG": made.jpeg(1),
         "1 ice bear/counter-grass/c.jpg": made.jpeg(2), "0 cat/counter-snow/c.jpg": made.jpeg(3),
         "1 ice bear/.DS_Store": "x", "1 ice bear/notes/x.jpg": made.jpeg(4), ".DS_Store": "x", "__MACOSX/x.jpg": "x",
-        "1 ice bear/common-snow/list.txt.bak": "x",
+        "1 ice bear/common-snow/list.txt.bak": "x", "0 cat/counter-snow/photo.jfif": made.jpeg(5),
     })  # fmt: skip
     assert is_test_set(uri)
     test_set = open_test_set(uri)
@@ -95,12 +95,15 @@ def test_counteranimal_s_tree_with_stray_files(tmp_path: Path) -> None:
     samples, skips = read(test_set)
     assert [(s.key, s.label, s.class_name, s.group, s.caption) for s in samples] == [
         ("0 cat/counter-snow/c.jpg", 0, "cat", "counter", "A photo of cat."),
+        ("0 cat/counter-snow/photo.jfif", 0, "cat", "counter", "A photo of cat."),  # by its content
         ("1 ice bear/common-snow/a.JPEG", 1, "ice bear", "common", "A photo of ice bear."),
         ("1 ice bear/common-snow/b.jpg", 1, "ice bear", "common", "A photo of ice bear."),
         ("1 ice bear/counter-grass/c.jpg", 1, "ice bear", "counter", "A photo of ice bear."),
     ]
-    assert skips == []
-    assert len({s.uid for s in samples}) == 4
+    assert [(s.key, s.reason, s.is_sample) for s in skips] == [
+        ("1 ice bear/common-snow/list.txt.bak", "not_an_image", False)
+    ]
+    assert len({s.uid for s in samples}) == 5
 
 
 def test_one_folder_per_class(tmp_path: Path) -> None:
@@ -161,3 +164,37 @@ def test_the_world_s_sets_say_what_the_truth_says(tiny_world: made.World) -> Non
         for sample in samples:
             row = truth[sample.key]
             assert (sample.label, sample.class_name, sample.group) == (row["label"], row["class_name"], row["group"])
+
+
+# --- label spaces ----------------------------------------------------------------------------------------
+
+
+def test_an_own_list_of_names_renames_or_relabels(tmp_path: Path) -> None:
+    folder = open_test_set(write(tmp_path / "f", {"n01/1.jpg": made.jpeg(0), "n02/1.jpg": made.jpeg(1)}))
+    assert with_class_names(folder, ("cat", "dog"), "x").class_names == ("cat", "dog")  # by position: synset folders
+    wide = with_class_names(folder, ("bird", "n02", "n01"), "x")
+    assert wide.labels == {"n01": 2, "n02": 1}
+    assert [s.class_name for s in read(wide)[0]] == ["n01", "n02"]
+    with pytest.raises(ConfigError, match=r"x has 3 class names, .* has 2 classes, of which the list lacks 'n01'"):
+        with_class_names(folder, ("a", "b", "n02"), "x")
+    wds = open_test_set(write(tmp_path / "w", {"classnames.txt": "a\nb\n", "test/0.tar": wds_tar("0")}))
+    assert with_class_names(wds, ("b", "a"), "x").class_names == ("b", "a")  # labels are numbers: names in their order
+    manifest = write(tmp_path / "m", {"m.csv": "path,class_name\na.jpg,cat\n"}) + "/m.csv"
+    assert with_class_names(open_test_set(manifest), ("dog", "cat"), "x").class_names == ("dog", "cat")
+    with pytest.raises(ConfigError, match="lacks 'cat'"):  # names decide there, so none may be missing
+        with_class_names(open_test_set(manifest), ("dog",), "x")
+    with pytest.raises(ConfigError, match=r"x has 3 class names, .* has 2 classes"):
+        with_class_names(wds, ("a", "b", "c"), "x")
+
+
+def test_splits_of_a_wds_folder(tmp_path: Path) -> None:
+    uri = write(tmp_path, {"classnames.txt": "a\n", "test/0.tar": wds_tar("0"), "train/0.tar": wds_tar("0", "0")})
+    counts = {split: len(read(open_test_set(uri, split))[0]) for split in ("", "test", "train")}
+    assert counts == {"": 1, "test": 1, "train": 2}
+    (tmp_path / "train" / "0.tar").unlink()
+    (tmp_path / "train").rmdir()
+    with pytest.raises(ConfigError, match="has no train split"):
+        open_test_set(uri, "train")
+    (tmp_path / "dataset_type.txt").write_text("multilabel\n")
+    with pytest.raises(ConfigError, match="is multilabel"):
+        open_test_set(uri)

@@ -1,0 +1,188 @@
+"""The training step under Ray Train against the same loop under torchrun, and a virtual split against a copy of it.
+
+`ray`: two gloo workers, the same model, plan and step function (`train_loop.run_steps`), in alternating blocks;
+samples/s between the first row of metrics and the last: start-up does not count. torchrun is also compared with itself.
+`split`: one process on half of a pool where it lies, and on a copy of that half; with training, and the loader alone.
+
+    python benchmarks/train.py ray [--model conv-64] [--steps 60] [--blocks 5]
+    python benchmarks/train.py split [--images 2000] [--size 256] [--blocks 5]
+"""
+
+import argparse
+import io
+import json
+import pickle
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed
+from PIL import Image
+
+from clipgap_ray import schema, store
+from clipgap_ray.config.train import TrainSettings
+from clipgap_ray.shards import write_tar
+from clipgap_ray.stages import train
+from clipgap_ray.stages.train_data import Plan, batches
+from clipgap_ray.stages.train_loop import run_steps
+from clipgap_ray.stages.train_model import build_model, make_optimizer
+from clipgap_ray.stages.train_plan import make_plan
+
+SHARDS = 8
+IMAGE_SIZE = 64
+
+
+def write_pool(folder: Path, images: int, size: int, keep: Callable[[int], bool] = lambda number: True) -> list[str]:
+    """Write shards of smooth JPEGs with uids and captions; returns the uids."""
+    uids = []
+    folder.mkdir(parents=True)
+    for shard in range(SHARDS):
+        samples = []
+        for number in range(shard, images, SHARDS):
+            uid = f"{number * 2654435761 % 2**32:032x}"
+            if not keep(number):
+                continue
+            small = np.random.default_rng(number).integers(0, 256, (12, 12, 3), np.uint8)
+            buffer = io.BytesIO()
+            Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+            fields = json.dumps({"uid": uid, "caption": f"picture {number}"}).encode()
+            samples.append((f"{number:08d}", {"jpg": buffer.getvalue(), "json": fields}))
+            uids.append(uid)
+        (folder / f"{shard:05d}.tar").write_bytes(write_tar(samples))
+    return uids
+
+
+def rate(rows: list[dict]) -> float:
+    """samples/s between the first and the last row of metrics."""
+    seconds = [row["samples"] / row["samples_per_s"] for row in (rows[0], rows[-1])]
+    return (rows[-1]["samples"] - rows[0]["samples"]) / (seconds[1] - seconds[0])
+
+
+def torchrun_worker(plan_path: str, out: str) -> None:
+    """Run the loop of one rank under torchrun."""
+    torch.distributed.init_process_group("gloo")
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.set_num_threads(1)
+    plan: Plan = pickle.loads(Path(plan_path).read_bytes())
+    model = torch.nn.parallel.DistributedDataParallel(build_model(plan.settings, 0), gradient_as_bucket_view=True)
+    rows: list[dict] = []
+    run_steps(
+        plan, model, make_optimizer(model, plan.settings), batches(plan, rank, world_size, 0), 0, rank, world_size,
+        torch.device("cpu"), lambda step, row: rows.append(row) if row else None,
+    )  # fmt: skip
+    if rank == 0:
+        Path(out).write_text(json.dumps(rows))
+    torch.distributed.destroy_process_group()
+
+
+def against_torchrun(options: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
+    """Alternate runs of Ray Train and two of torchrun."""
+    write_pool(folder / "pool", options.images, 80)
+    words = {
+        "source": f"{folder}/pool", "samples": f"{folder}/samples", "model": options.model, "batch_size": 32,
+        "workers": 2, "num_samples": 64 * options.steps, "checkpoint_every": 10**6, "report_to": (),
+    }  # fmt: skip
+    rates: dict[str, list[float]] = {"torchrun": [], "Ray Train": [], "torchrun again": []}
+    for block in range(options.blocks):
+        for name in rates:
+            out = folder / f"{block}-{name.replace(' ', '-')}"
+            settings = TrainSettings(**words, out=str(out))
+            if name == "Ray Train":
+                train.run(settings)
+                rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+            else:
+                plan, _ = make_plan(settings, str(out), IMAGE_SIZE)
+                out.mkdir(exist_ok=True)
+                (out / "plan.pkl").write_bytes(pickle.dumps(plan))
+                launcher = [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--nproc-per-node",
+                    "2",
+                    "--standalone",
+                ]
+                work = [__file__, "worker", str(out / "plan.pkl"), str(out / "rows.json")]
+                subprocess.run([*launcher, *work], check=True, capture_output=True)
+                rows = json.loads((out / "rows.json").read_text())
+            rates[name].append(rate(rows))
+    return rates
+
+
+def against_a_copy(options: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
+    """Alternate blocks on half of a pool and on a copy of that half, in this process."""
+    torch.set_num_threads(1)
+    half = write_pool(folder / "copy", options.images, options.size, lambda number: number % 2 == 0)
+    write_pool(folder / "pool", options.images, options.size)
+    np.save(folder / "half.npy", np.sort(schema.pack_uids(half)))
+    words = {
+        "model": options.model, "batch_size": 32, "workers": 1, "num_samples": 32 * options.steps, "out": str(folder),
+    }  # fmt: skip
+    places = {
+        "copy": {"source": f"{folder}/copy", "samples": f"{folder}/samples-copy"},
+        "virtual split": {
+            "source": f"{folder}/pool",
+            "samples": f"{folder}/samples-pool",
+            "split": f"{folder}/half.npy",
+        },
+    }
+    plans = {
+        name: make_plan(TrainSettings(**words, **place), str(folder), IMAGE_SIZE)[0] for name, place in places.items()
+    }
+    rates: dict[str, list[float]] = {f"{name}, {what}": [] for what in ("training", "loader alone") for name in plans}
+    for block in range(options.blocks + 1):  # the first one warms up
+        for name, plan in plans.items():
+            started = time.perf_counter()
+            for _ in batches(plan, 0, 1, 0):
+                pass
+            loader = plan.steps * 32 / (time.perf_counter() - started)
+            model = build_model(plan.settings, 0)
+            rows: list[dict] = []
+            run_steps(
+                plan, model, make_optimizer(model, plan.settings), batches(plan, 0, 1, 0), 0, 0, 1,
+                torch.device("cpu"), lambda step, row, rows=rows: rows.append(row) if row else None,
+            )  # fmt: skip
+            if block:
+                rates[f"{name}, loader alone"].append(loader)
+                rates[f"{name}, training"].append(rate(rows))
+    return rates
+
+
+def main() -> None:
+    """Run the blocks and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("ray", "split"), default="split")
+    parser.add_argument("--model", default="conv-64")
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--blocks", type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(store.filesystem(name)[1])
+        rates = against_torchrun(options, folder) if options.what == "ray" else against_a_copy(options, folder)
+    print(
+        f"{options.model}, {options.steps} steps a block, {options.blocks} blocks; medians of samples/s (least to most)"
+    )
+    for what, values in rates.items():
+        print(f"{what:28} {statistics.median(values):8.1f}  ({min(values):.1f} to {max(values):.1f})")
+    names = list(rates)
+    for one, other in zip(names[::2], names[1::2], strict=False):
+        pairs = [b / a for a, b in zip(rates[one], rates[other], strict=True)]
+        print(f"{other} / {one}: {statistics.median(pairs):.3f}  ({min(pairs):.3f} to {max(pairs):.3f})")
+    if len(names) == 3:
+        pairs = [b / a for a, b in zip(rates[names[0]], rates[names[2]], strict=True)]
+        print(f"{names[2]} / {names[0]}: {statistics.median(pairs):.3f}  ({min(pairs):.3f} to {max(pairs):.3f})")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:
+        torchrun_worker(*sys.argv[2:])
+    else:
+        main()

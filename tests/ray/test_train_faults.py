@@ -1,0 +1,87 @@
+"""Workers that die, and batches made elsewhere: the loss curve is the uninterrupted one's, to the last bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clipgap_ray.config.train import TrainSettings
+from clipgap_ray.stages import train
+from tests import made
+from tests.conftest import RESUME_LOSS_TOLERANCE
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+
+
+@pytest.fixture(scope="module")
+def words(tiny_world: made.World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("faults")
+    return {
+        "source": tiny_world.path("pool"), "model": "conv-64-test", "batch_size": 8, "workers": 2, "warmup": 2,
+        "num_samples": 16 * 40, "checkpoint_every": 5, "samples": str(folder / "samples"),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(words: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Metrics of a run that nothing happened to."""
+    return history(TrainSettings(**words, out=str(tmp_path_factory.mktemp("whole"))))
+
+
+def history(settings: TrainSettings) -> list[dict[str, Any]]:
+    train.run(settings)
+    return [json.loads(line) for line in Path(settings.out, "metrics.jsonl").read_text().splitlines()]
+
+
+def same(expected: list[dict[str, Any]], found: list[dict[str, Any]]) -> bool:
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    return all(
+        abs(one["loss"] - other["loss"]) <= RESUME_LOSS_TOLERANCE and one["samples"] == other["samples"]
+        for one, other in zip(expected, found, strict=True)
+    )
+
+
+def test_a_killed_worker_is_replaced_and_the_curve_goes_on(
+    words: dict[str, Any], whole: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    settings = TrainSettings(**words, out=str(tmp_path / "cut"))
+    snapshot = Path(settings.out, "train", "checkpoint_manager_snapshot.json")
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline:
+            if snapshot.exists() and '"checkpoint_' in snapshot.read_text() and (pids := worker_pids()):
+                killed.append(pids[0])
+                os.kill(pids[0], signal.SIGKILL)
+                return
+            time.sleep(0.02)
+
+    def worker_pids() -> list[int]:
+        from ray.util.state import list_actors
+
+        actors = list_actors(filters=[("state", "=", "ALIVE"), ("class_name", "=", "RayTrainWorker")])
+        return sorted(int(actor.pid) for actor in actors if actor.pid)
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    found = history(settings)
+    killer.join()
+    starts = json.loads(Path(settings.out, "summary.json").read_text())["starts"]
+    assert killed, "nobody was killed: the run was too short"
+    assert len(starts) == 2
+    assert starts[1] >= 5
+    assert same(whole, found)
+
+
+def test_decoders_in_actors_make_the_same_batches(
+    words: dict[str, Any], whole: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    assert same(whole, history(TrainSettings(**words, out=str(tmp_path / "actors"), decoders=1)))
