@@ -137,7 +137,8 @@ def rank_correlations(study: Study, draws: int, seed: int) -> list[Record]:
         ranks = np.stack([stats.rankdata(similarity), stats.rankdata(rate)])
         picks = rng.integers(0, len(similarity), size=(min(draws, 500), len(similarity)))
         # Ranks are taken once: re-ranking every draw changes the third digit and costs fifty times as much.
-        drawn = np.array([np.corrcoef(ranks[:, pick])[0, 1] for pick in picks])
+        with np.errstate(invalid="ignore"):  # a draw of equal outcomes has no correlation
+            drawn = np.array([np.corrcoef(ranks[:, pick])[0, 1] for pick in picks])
         low, high = intervals.percentile_interval(drawn[np.isfinite(drawn)])
         rho = float(np.corrcoef(ranks)[0, 1])
         records.append({"test": test, "num_images": len(similarity), "rho": rho, "low": low, "high": high})
