@@ -44,7 +44,7 @@ def regimes(models: dict[str, Record], theme: Theme) -> Figure:
     for axis, label in ((left, "share of the photos; numbers are photos"), (right, "accuracy (top 1), 95 %")):
         axis.set_xlim(0, 1)
         axis.set_ylim(-len(bars) + 0.4, 0.6)
-        axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.xaxis.set_major_formatter(PercentFormatter(1))
         axis.set_xlabel(label)
         axis.grid(axis="y", visible=False)
     legend_above(figure, left)

@@ -97,6 +97,25 @@ def accuracy_by_similarity(study: Study, width: float) -> list[Record]:
     return records
 
 
+NARROWER = (0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
+FEWEST_BINS = 4
+
+
+def bin_width(study: Study, widest: float) -> float:
+    """Return the widest bins that show a curve: an encoder whose similarities lie in 0.95..1 needs narrower ones.
+
+    Args:
+        study: The study.
+        widest: What is wanted; kept if the middle 98 % of any test set fill at least FEWEST_BINS of it.
+    """
+    spans = [float(np.ptp(np.quantile(q.similarity, [0.01, 0.99])))
+             for test in study.tests if (q := study.queries(test)) is not None]  # fmt: skip
+    if not spans:
+        return widest
+    fitting = [width for width in (widest, *NARROWER) if width <= widest and max(spans) >= FEWEST_BINS * width]
+    return max(fitting, default=min(widest, NARROWER[-1]))
+
+
 def _bins(queries: Queries, right: np.ndarray, uids: list[str], width: float) -> list[Record]:
     at = positions(uids, queries.uids)
     similarity, rate = queries.similarity[at[at >= 0]], right.mean(axis=0)[at >= 0]

@@ -80,7 +80,7 @@ def _subtitle(study: Study, numbers: Numbers) -> str:
         f"{len(study.runs)} models" + (f", {conclusions.seeds(numbers.accuracy)}" if numbers.accuracy else ""),
     ]
     if metric:
-        parts.append(f"similarity by {metric.get('model')} ({metric.get('pretrained')})")
+        parts.append(f"similarity by {metric.get('model')} ({str(metric.get('pretrained')).rsplit('/', 1)[-1]})")
     return " · ".join(parts)
 
 

@@ -12,6 +12,7 @@ from clipgap_ray import schema, store
 from clipgap_ray.config.join import DropJoinSettings
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.kernels import neighbours
+from clipgap_ray.reporting import theme
 from clipgap_ray.stages import join
 from tests import made
 
@@ -92,6 +93,12 @@ def run(folder: Path, out: Path, **more) -> dict:
     return json.loads((out / "join.json").read_text())
 
 
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Drawing takes longer than everything else here; one run draws."""
+    monkeypatch.setattr(join, "render", lambda draw: draw(theme.LIGHT) and {"light.svg": b"", "light.png": b""})
+
+
 @pytest.fixture(scope="module")
 def joined(world, tmp_path_factory) -> tuple[dict, Path]:
     out = tmp_path_factory.mktemp("out")
@@ -133,7 +140,7 @@ def test_backgrounds_in_the_pool_are_counted_per_class_and_go_with_the_drops(joi
     assert (out / "figures" / "neighbours.png").exists()
 
 
-def test_residuals_stand_beside_those_of_matched_photos(world, tmp_path) -> None:
+def test_residuals_stand_beside_those_of_matched_photos(world, undrawn, tmp_path) -> None:
     names = ("clip", "weak", "middling", "strong")
     words = tuple(f"{name}={world / name}.parquet" for name in names)
     result = run(world, tmp_path, predictions=words, baseline=("weak", "middling", "strong"), attributes="",
@@ -154,7 +161,7 @@ def test_residuals_stand_beside_those_of_matched_photos(world, tmp_path) -> None
         run(world, tmp_path, baseline=("other",))
 
 
-def test_bad_input_names_what_is_missing(world, tmp_path) -> None:
+def test_bad_input_names_what_is_missing(world, undrawn, tmp_path) -> None:
     with pytest.raises(ConfigError, match="--pool, which is missing"):
         DropJoinSettings.load(
             {"predictions": ("p",), "scores": ("s",), "test": "t", "out": "o", "attributes": "a"}, "join"
