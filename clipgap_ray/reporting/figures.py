@@ -47,6 +47,22 @@ def similarity_histograms(bins: list[Record], closeness: list[Record], theme: Th
     return figure
 
 
+def pool_histograms(records: list[Record], theme: Theme) -> Figure:
+    """Pool rows by similarity to the nearest test image, counts on a log scale: cuts are about the right tail."""
+    tests = names_in_order(records)
+    figure, axes = grid(len(tests), sharex=True, sharey=True)
+    for axis, test in zip(axes, tests, strict=True):
+        rows = [row for row in records if row["test"] == test]
+        width = rows[0]["high"] - rows[0]["low"]
+        axis.bar([row["low"] for row in rows], [row["num_rows"] for row in rows], width, align="edge",
+                 color=theme.pool, alpha=0.75)  # fmt: skip
+        axis.set_yscale("log")
+        axis.set_title(f"{test}  (n = {sum(row['num_rows'] for row in rows):,})")
+        axis.margins(x=0)
+    _label_outer(axes, "similarity to the nearest test image", "pool images")
+    return figure
+
+
 def accuracy_curves(bins: list[Record], theme: Theme) -> Figure:
     """Accuracy against similarity to the uncut pool with Wilson intervals, counts as bars below (figure 3b)."""
     tests = names_in_order(bins)

@@ -16,6 +16,7 @@ class Numbers:
     accuracy: list[Record]
     closeness: list[Record]
     histograms: list[Record]
+    pool_histograms: list[Record]
     bins: list[Record]
     correlations: list[Record]
     curves: list[Record]
@@ -44,6 +45,7 @@ class Numbers:
             "accuracy": self.accuracy,
             "closeness": self.closeness,
             "similarity_histograms": self.histograms,
+            "pool_similarity_histograms": self.pool_histograms,
             "accuracy_by_similarity": self.bins,
             "similarity_correlations": self.correlations,
             "pruning_curves": self.curves,
@@ -81,6 +83,7 @@ def compute(study: Study, bin_width: float, draws: int, seed: int) -> Numbers:
         accuracy=accuracy,
         closeness=similarity.closeness(study),
         histograms=similarity.histograms(study),
+        pool_histograms=similarity.pool_histograms(study),
         bins=similarity.accuracy_by_similarity(study, similarity.bin_width(study, bin_width)),
         correlations=similarity.rank_correlations(study, draws, seed),
         curves=tables.pruning_curves(study, accuracy),

@@ -114,6 +114,12 @@ def _histograms(numbers: Numbers) -> Section:
     draw = partial(figures.similarity_histograms, numbers.histograms, numbers.closeness)
     caption = "Similarity of every test image to its nearest image in the pool and in the reference."
     section.plots.append(Plot("similarity_histograms", draw, caption))
+    if numbers.pool_histograms:
+        draw = partial(figures.pool_histograms, numbers.pool_histograms)
+        caption = "The other way round: similarity m of every pool image to its nearest test image. Near-pruning cuts "
+        section.plots.append(
+            Plot("pool_similarity_histograms", draw, caption + "from the right, far-pruning from the left.")
+        )
     rows: list[list[Any]] = [
         [r["test"], f"{r['num_images']:,}", f"{r['median_pool']:.3f}",
          "–" if r["median_reference"] is None else f"{r['median_reference']:.3f}",
@@ -136,8 +142,8 @@ def _accuracy_by_similarity(numbers: Numbers) -> Section:
     section.plots.append(Plot("accuracy_by_similarity", partial(figures.accuracy_curves, numbers.bins), caption))
     width = numbers.bins[0]["high_similarity"] - numbers.bins[0]["low_similarity"]
     section.notes = [
-        f"Bins of {width:.3g}, intervals: Wilson 95 % over images. Similarity goes with what a class looks like and how "
-        "often it occurs, so a rising curve alone shows no cause."
+        f"Bins of {width:.3g}, intervals: Wilson 95 % over images. Similarity goes with what a class looks like and "
+        "how often it occurs, so a rising curve alone shows no cause."
     ]
     return section
 

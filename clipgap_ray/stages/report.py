@@ -1,4 +1,4 @@
-"""A study's directory in, one page out. Reads what other stages wrote; needs neither Ray nor a GPU.
+"""A study's directory in, one page out. Reads what other stages wrote; needs no GPU, and Ray for large pools only.
 
 Reads: study.json, embed/, dedup/keep, scores/, splits/*.recipe.json, gaps/, runs/*/metrics.jsonl, eval/.
 Writes: OUT/index.html (self-contained), OUT/figures/*.svg and *.png, OUT/tables/*.csv and *.parquet,
@@ -18,6 +18,7 @@ from clipgap_ray.errors import BudgetError
 from clipgap_ray.reporting import conclusions, layout, page, sections
 from clipgap_ray.reporting.galleries import Thumbnails, read_hidden
 from clipgap_ray.reporting.numbers import Numbers, compute
+from clipgap_ray.reporting.pool_side import PoolSide
 from clipgap_ray.reporting.study import Study
 
 
@@ -33,6 +34,7 @@ def run(settings: ReportSettings) -> rundir.Summary:
     """
     started = time.monotonic()
     study = Study.open(settings.study)
+    study.count_pool = _count_pool
     out = settings.out or study.path("report")
     numbers = compute(study, settings.bin_width, settings.draws, settings.seed)
     pictures = Thumbnails(study.embeddings, read_hidden(settings.blocklist, settings.hide), settings.images)
@@ -68,6 +70,13 @@ def run(settings: ReportSettings) -> rundir.Summary:
     summary.extra.update(page=store.join(out, "index.html"), page_bytes=len(html), missing=missing)
     store.write_json(store.join(out, "summary.json"), summary.as_dict())
     return summary
+
+
+def _count_pool(folder: str, slack: float) -> PoolSide:
+    """Count a large pool's scores on the cluster; Ray is imported only then."""
+    from clipgap_ray.stages import pool_side
+
+    return pool_side.count(folder, slack)
 
 
 def _subtitle(study: Study, numbers: Numbers) -> str:
