@@ -246,14 +246,12 @@ def test_a_rule_that_hides_nothing_is_refused(rule, message) -> None:
         ReportSettings.load({"study": "s", "hide": (rule,)}, "report")
 
 
-def test_bins_narrow_where_an_encoder_crowds_its_similarities(study, monkeypatch) -> None:
-    assert similarity.bin_width(study, 0.05) == 0.05
-    crowded = study.queries("val")
-    monkeypatch.setattr(study, "queries", lambda test: dataclasses.replace(
-        crowded, similarity=0.95 + 0.05 * (crowded.similarity - crowded.similarity.min())
-        / np.ptp(crowded.similarity)))  # fmt: skip
-    assert similarity.bin_width(study, 0.05) == 0.01
-    assert similarity.bin_width(study, 0.002) == 0.002
+@pytest.mark.parametrize(("span", "widest", "width"), [(0.4, 0.05, 0.05), (0.06, 0.05, 0.01), (0.06, 0.002, 0.002)])
+def test_bins_narrow_where_an_encoder_crowds_its_similarities(study, monkeypatch, span, widest, width) -> None:
+    queries = study.queries("val")
+    crowded = dataclasses.replace(queries, similarity=np.linspace(1 - span, 1, len(queries.similarity)))
+    monkeypatch.setattr(study, "queries", lambda test: crowded)
+    assert similarity.bin_width(study, widest) == width
 
 
 def test_numbers_that_round_to_nothing_have_no_sign() -> None:
