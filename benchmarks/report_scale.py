@@ -1,8 +1,8 @@
 """A report's counts over a score table of ten million rows: seconds and memory, one process against Ray Data.
 
 Writes a simulated score table of one test set (schema.POOL_SCORES), then folds it both ways and compares. Memory is the
-peak of the driver's and of all workers' own resident pages, sampled ten times a second; "above start" leaves out what
-the interpreter and its libraries take.
+peak of the driver's and of all workers' own resident pages, sampled ten times a second; in brackets what was added
+while counting.
 
     python benchmarks/report_scale.py [--rows 10000000] [--part 250000] [--tests 50000] [--dir /tmp/report-scale]
 """
@@ -126,15 +126,17 @@ def main() -> None:
             alone = pool_side.merge([alone, pool_side.fold(table, 0.0)])
     seconds = time.perf_counter() - started
     rate = options.rows / seconds
-    print(f"one process  {seconds:6.1f} s  {rate:12,.0f} rows/s  peak {here.driver_above:6.0f} MB above start")
+    print(f"one process  {seconds:6.1f} s  {rate:12,.0f} rows/s  peak {here.driver:6.0f} MB ({here.driver_above:+.0f})")
     connect()
     started = time.perf_counter()
     with Peak() as there:
         spread = stage.count(str(folder), 0.0)
     seconds = time.perf_counter() - started
     rate = options.rows / seconds
-    print(f"Ray Data     {seconds:6.1f} s  {rate:12,.0f} rows/s  peak {there.driver_above:6.0f} MB above start, driver")
-    print(f"                                                 {there.workers:6.0f} MB in all workers together")
+    print(
+        f"Ray Data     {seconds:6.1f} s  {rate:12,.0f} rows/s  peak {there.driver:6.0f} MB ({there.driver_above:+.0f})"
+    )
+    print(f"             in the driver and {there.workers:.0f} MB in all workers together")
     same = all(np.array_equal(getattr(alone, n), getattr(spread, n)) for n in ("nearest", "culprits", "removed"))
     print(f"equal counts: {same}; rows above tau {alone.num_above:,}")
     if not same:
