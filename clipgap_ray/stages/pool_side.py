@@ -39,11 +39,10 @@ def count(folder: str, slack: float) -> PoolSide:
     connect()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.print_on_execution_start = False
     filesystem, _ = store.filesystem(paths[0])
     places = [store.filesystem(path)[1] for path in paths]
-    dataset = ray.data.read_parquet(
-        places, filesystem=filesystem, columns=list(pool_side.COLUMNS), ray_remote_args={"num_cpus": CPUS}
-    )
+    dataset = ray.data.read_parquet(places, filesystem=filesystem, columns=list(pool_side.COLUMNS), num_cpus=CPUS)
     folded = dataset.map_batches(
         functools.partial(_fold, slack=slack), batch_format="pyarrow", batch_size=BATCH_ROWS, num_cpus=CPUS
     )
