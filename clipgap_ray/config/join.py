@@ -36,6 +36,29 @@ class DropJoinSettings(Settings):
     caliper: pydantic.PositiveFloat = 0.2
     """Pairs of the matched drop differ by at most this many standard deviations (within class) of similarity."""
 
+    pool: str = ""
+    """Embeddings of the pool behind the scores: adds what the photos' neighbours are, by their captions."""
+    neighbours: pydantic.PositiveInt = 20
+    """Nearest pool rows to look at per photo; at most `score --k` are there."""
+    far: float | None = None
+    """Similarity below which a photo counts as far from the pool; default the median over the photos."""
+    attributes: str = ""
+    """Backgrounds of the test photos: output of `clipgap attributes`, or csv or parquet with `uid, attribute`."""
+    pool_attributes: str = ""
+    """Output of `clipgap attributes` for --pool: adds how common the groups' backgrounds are there, against the
+    drops."""
+    baseline: tuple[str, ...] = ()
+    """Models of --predictions that make the robustness line; adds every model's distance from it, before and after
+    matching on similarity."""
+
+    @pydantic.model_validator(mode="after")
+    def _with_pool(self) -> Self:
+        if (self.attributes or self.pool_attributes) and not self.pool:
+            raise ConfigError("--attributes and --pool-attributes are about neighbours in --pool, which is missing")
+        if self.pool_attributes and not self.attributes:
+            raise ConfigError("--pool-attributes needs --attributes of the test photos", hint="clipgap attributes TEST")
+        return self
+
     @pydantic.model_validator(mode="after")
     def _some(self) -> Self:
         for name in ("predictions", "scores", "column"):

@@ -15,7 +15,13 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 def points(value: float | None) -> str:
     """-8.13 -> −8.1 points."""
-    return "–" if value is None or not np.isfinite(value) else f"{value:+.1f}".replace("-", "−") + "\u00a0points"
+    return "–" if value is None or not np.isfinite(value) else signed(value) + "\u00a0points"
+
+
+def signed(value: float, style: str = "+.1f") -> str:
+    """-8.13 -> −8.1; what rounds to nothing has no sign."""
+    text = f"{value:{style}}"
+    return text.lstrip("+-") if not text.strip("+-0.") else text.replace("-", "−")
 
 
 def level(record: Record) -> str:
@@ -27,7 +33,7 @@ def level(record: Record) -> str:
 
 def span(low: float, high: float, style: str = ".1f") -> str:
     """An interval: [−1.0, 20.2]."""
-    return f"[{low:{style}}, {high:{style}}]".replace("-", "−")
+    return f"[{signed(low, style)}, {signed(high, style)}]"
 
 
 def change(record: Record) -> str:
@@ -132,9 +138,11 @@ def on_table(records: list[Record]) -> str:
     if not cuts:
         return "Only one training set has been evaluated, so there is nothing to compare yet."
     worst = max(cuts, key=lambda r: r["drop_pp"])
+    count = len({r["arm"] for r in cuts})
+    among = f"among {count} cuts" if count > 1 else "of the only cut"
     relative = f"{percent(worst['drop_relative'])} relative, " if worst["drop_relative"] is not None else ""
     return (
-        f"The largest change among {len({r['arm'] for r in cuts})} cuts is {worst['split']} on {worst['test']}: "
+        f"The largest change {among} is {worst['split']} on {worst['test']}: "
         f"{change(worst)} ({relative}{seeds([worst])})."
     )
 
@@ -232,7 +240,7 @@ def on_join(results: list[Record]) -> str:
         return f"{text}. How much of it is distance is not identified: {base['why_not']}."
     share = "" if parts["share"] is None else f", {percent(parts['share'], 0)} of the drop"
     where = "farther from" if exposure["difference"] >= 0 else "nearer to"
-    residual = f"{'−' if parts['residual_pp'] < 0 else '+'} {abs(parts['residual_pp']):.1f}"
+    residual = f"{'−' if parts['residual_pp'] < 0 else '+'}\u00a0{abs(parts['residual_pp']):.1f}"
     return (
         f"{text} = {parts['explained_pp']:.1f} {span(*parts['explained_interval_pp'])} because {second} photos lie "
         f"{abs(exposure['difference']):.3f} {where} the training images than {first} ones{share}, {residual} "

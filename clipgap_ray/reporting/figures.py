@@ -40,10 +40,26 @@ def similarity_histograms(bins: list[Record], closeness: list[Record], theme: Th
         if facts is not None and facts["share_closer_to_pool"] is not None:
             text = f"{facts['share_closer_to_pool']:.0%} closer\nto the pool"
             axis.annotate(text, (0.03, 0.95), xycoords="axes fraction", va="top", fontsize=10)
-        axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
         axis.margins(x=0)
     _label_outer(axes, "similarity to the nearest image", "share of test images")
     legend_above(figure, axes[0])
+    return figure
+
+
+def pool_histograms(records: list[Record], theme: Theme) -> Figure:
+    """Pool rows by similarity to the nearest test image, counts on a log scale: cuts are about the right tail."""
+    tests = names_in_order(records)
+    figure, axes = grid(len(tests), sharex=True, sharey=True)
+    for axis, test in zip(axes, tests, strict=True):
+        rows = [row for row in records if row["test"] == test]
+        width = rows[0]["high"] - rows[0]["low"]
+        axis.bar([row["low"] for row in rows], [row["num_rows"] for row in rows], width, align="edge",
+                 color=theme.pool, alpha=0.75)  # fmt: skip
+        axis.set_yscale("log")
+        axis.set_title(f"{test}  (n = {sum(row['num_rows'] for row in rows):,})")
+        axis.margins(x=0)
+    _label_outer(axes, "similarity to the nearest test image", "pool images")
     return figure
 
 
@@ -69,7 +85,7 @@ def accuracy_curves(bins: list[Record], theme: Theme) -> Figure:
             )  # fmt: skip
         axis.set_title(f"{test}  (n = {sum(r['num_images'] for r in bins if _is_full(r, test)):,})")
         axis.set_ylim(-0.02, 1.04)
-        axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
     _label_outer(axes, "similarity to the nearest pool image", "accuracy (top 1)")
     fullest = max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1]))
     legend_above(figure, fullest)

@@ -42,7 +42,7 @@ def _curves(axis: Axes, result: Record, theme: Theme) -> None:
             left, HISTOGRAM_SHARE * _density(result, group) / highest, width, align="edge", color=colour, alpha=0.25
         )
     axis.set_ylim(-0.02, 1.04)
-    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.set_xlabel("similarity to the nearest training image")
     axis.set_ylabel("accuracy (top 1), 95 %")
     shown = "points: bins, lines: fit, bars: density" if result["curves"] else "points: bins, bars: density"

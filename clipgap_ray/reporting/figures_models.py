@@ -43,7 +43,7 @@ def pruning_curves(curves: list[Record], theme: Theme) -> Figure:
         axis.set_title(f"{test}  (n = {rows[0]['num_images']:,})")
         axis.set_xlabel("pool images kept")
         _at_least(axis, 0.1)
-        axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         axis.margins(x=0.08)
@@ -169,7 +169,7 @@ def group_bars(results: list[Record], pair: tuple[str, str], theme: Theme) -> Fi
     right.set_yticks(at, [])
     for axis in (left, right):
         axis.set_ylim(-0.6, len(results) - 0.4)
-    left.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    left.xaxis.set_major_formatter(PercentFormatter(1))
     left.set_xlabel("balanced accuracy, 95 % over images")
     right.set_xlabel("drop in points; 95 % over images (thick), classes (thin)")
     for axis in (left, right):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clipgap_ray.reporting import density, joined, planted, similarity, tables
+from clipgap_ray.reporting import density, fewshot, joined, planted, similarity, tables
 from clipgap_ray.reporting.study import Study
 from clipgap_ray.reporting.tables import Record, RobustnessPanel
 
@@ -16,6 +16,7 @@ class Numbers:
     accuracy: list[Record]
     closeness: list[Record]
     histograms: list[Record]
+    pool_histograms: list[Record]
     bins: list[Record]
     correlations: list[Record]
     curves: list[Record]
@@ -27,6 +28,7 @@ class Numbers:
     groups: list[Record]
     exposure: list[Record]
     joins: list[Record]
+    fewshot: list[Record]
     training: list[Record]
     planted: list[Record]
     digests: list[Record]
@@ -43,6 +45,7 @@ class Numbers:
             "accuracy": self.accuracy,
             "closeness": self.closeness,
             "similarity_histograms": self.histograms,
+            "pool_similarity_histograms": self.pool_histograms,
             "accuracy_by_similarity": self.bins,
             "similarity_correlations": self.correlations,
             "pruning_curves": self.curves,
@@ -58,6 +61,7 @@ class Numbers:
             "group_drop_and_similarity_per_class": [
                 {"test": r["test"], "arm": r["arm"], **row} for r in self.joins for row in r["classes"]
             ],
+            "fewshot_curves": self.fewshot,
             "training_curves": self.training,
             "planted_truth": self.planted,
             "digests": self.digests,
@@ -69,7 +73,7 @@ def compute(study: Study, bin_width: float, draws: int, seed: int) -> Numbers:
 
     Args:
         study: The study.
-        bin_width: Width of the similarity bins.
+        bin_width: Largest width of the similarity bins.
         draws: Bootstrap samples.
         seed: Seed of the bootstraps.
     """
@@ -79,7 +83,8 @@ def compute(study: Study, bin_width: float, draws: int, seed: int) -> Numbers:
         accuracy=accuracy,
         closeness=similarity.closeness(study),
         histograms=similarity.histograms(study),
-        bins=similarity.accuracy_by_similarity(study, bin_width),
+        pool_histograms=similarity.pool_histograms(study),
+        bins=similarity.accuracy_by_similarity(study, similarity.bin_width(study, bin_width)),
         correlations=similarity.rank_correlations(study, draws, seed),
         curves=tables.pruning_curves(study, accuracy),
         panels=tables.robustness_panels(study, accuracy),
@@ -90,6 +95,7 @@ def compute(study: Study, bin_width: float, draws: int, seed: int) -> Numbers:
         groups=tables.group_shift(study, draws, seed),
         exposure=similarity.exposure(study),
         joins=joined.joins(study, draws, seed),
+        fewshot=fewshot.curves(study),
         training=tables.training_curves(study),
         planted=planted.planted(study),
         digests=list(study.digests()),

@@ -15,7 +15,7 @@ import pyarrow as pa
 from clipgap_ray import __version__, store
 from clipgap_ray.reporting.layout import Section
 from clipgap_ray.reporting.tables import Record
-from clipgap_ray.reporting.theme import data_uri, render
+from clipgap_ray.reporting.theme import data_uri, page_share, render
 
 LIBRARIES = ("ray", "torch", "open_clip_torch", "faiss-cpu", "numpy", "scipy", "statsmodels", "pyarrow", "matplotlib")
 LARGEST_BYTES = 20 * 1024 * 1024
@@ -51,7 +51,8 @@ def write_figures(out: str, sections: list[Section]) -> tuple[dict[str, dict[str
         sections: The sections.
 
     Returns:
-        `{name: {"light": data address, "dark": data address}}` for the page, and sha256 of every file by its path.
+        `{name: {"light": data address, "dark": data address, "share": percent of the page's width}}` for the page,
+        and sha256 of every file by its path.
     """
     inlined, hashes = {}, {}
     for plot in (plot for section in sections for plot in section.plots):
@@ -61,6 +62,7 @@ def write_figures(out: str, sections: list[Section]) -> tuple[dict[str, dict[str
             store.write_bytes(store.join(out, path), files[f"light.{suffix}"])
             hashes[path] = store.sha256(files[f"light.{suffix}"])
         inlined[plot.name] = {theme: data_uri(files[f"{theme}.svg"], "image/svg+xml") for theme in ("light", "dark")}
+        inlined[plot.name]["share"] = str(page_share(files["light.svg"]))
     return inlined, hashes
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from clipgap_ray.reporting import conclusions as say
-from clipgap_ray.reporting import density, figures, figures_models, galleries, sections_groups
+from clipgap_ray.reporting import density, fewshot, figures, figures_models, galleries, sections_groups
 from clipgap_ray.reporting.layout import Plot, Section, Table
 from clipgap_ray.reporting.numbers import Numbers
 from clipgap_ray.reporting.study import Study
@@ -15,7 +15,7 @@ from clipgap_ray.reporting.tables import Record, short
 
 def build(study: Study, numbers: Numbers, pictures: galleries.Thumbnails, gallery_rows: int) -> list[Section]:
     """Return all sections in the order of the page."""
-    return [
+    sections = [
         _headline(study, numbers),
         _main_table(study, numbers),
         _histograms(numbers),
@@ -30,6 +30,9 @@ def build(study: Study, numbers: Numbers, pictures: galleries.Thumbnails, galler
         sections_groups.join(numbers),
         _training(numbers),
     ]
+    if numbers.fewshot:  # an extra of `evaluate`: a study without it lacks nothing
+        sections.insert(5, _fewshot(study, numbers))
+    return sections
 
 
 def _headline(study: Study, numbers: Numbers) -> Section:
@@ -97,9 +100,9 @@ def _cell_text(cell: Record) -> tuple[str, str]:
     else:
         small.append(say.span(100 * cell["low"], 100 * cell["high"]))
     if cell["drop_pp"] is not None:
-        small.append("Δ " + say.change(cell).replace("\u00a0points", ""))
+        small.append("Δ " + say.change(cell).replace("\u00a0points ", "\n"))
         if cell["drop_relative"] is not None:
-            small.append(f"{-100 * cell['drop_relative']:+.1f} % rel.".replace("-", "−"))
+            small.append(f"{say.signed(-100 * cell['drop_relative'])} % rel.")
     return main, "\n".join(small)
 
 
@@ -111,6 +114,12 @@ def _histograms(numbers: Numbers) -> Section:
     draw = partial(figures.similarity_histograms, numbers.histograms, numbers.closeness)
     caption = "Similarity of every test image to its nearest image in the pool and in the reference."
     section.plots.append(Plot("similarity_histograms", draw, caption))
+    if numbers.pool_histograms:
+        draw = partial(figures.pool_histograms, numbers.pool_histograms)
+        caption = "The other way round: similarity m of every pool image to its nearest test image. Near-pruning cuts "
+        section.plots.append(
+            Plot("pool_similarity_histograms", draw, caption + "from the right, far-pruning from the left.")
+        )
     rows: list[list[Any]] = [
         [r["test"], f"{r['num_images']:,}", f"{r['median_pool']:.3f}",
          "–" if r["median_reference"] is None else f"{r['median_reference']:.3f}",
@@ -131,8 +140,11 @@ def _accuracy_by_similarity(numbers: Numbers) -> Section:
         return section
     caption = "Accuracy per bin of similarity to the full pool; bars and small numbers are test images per bin."
     section.plots.append(Plot("accuracy_by_similarity", partial(figures.accuracy_curves, numbers.bins), caption))
-    section.notes = ["Intervals: Wilson 95 % over images. Similarity goes with what a class looks like and how often "
-                     "it occurs, so a rising curve alone shows no cause."]  # fmt: skip
+    width = numbers.bins[0]["high_similarity"] - numbers.bins[0]["low_similarity"]
+    section.notes = [
+        f"Bins of {width:.3g}, intervals: Wilson 95 % over images. Similarity goes with what a class looks like and "
+        "how often it occurs, so a rising curve alone shows no cause."
+    ]
     return section
 
 
@@ -148,6 +160,18 @@ def _pruning(numbers: Numbers) -> Section:
     return section
 
 
+def _fewshot(study: Study, numbers: Numbers) -> Section:
+    records = numbers.fewshot
+    section = Section("few-shot", "Few shots and linear probes", fewshot.sentence(records, study.main_test,
+                                                                                 study.base_split))  # fmt: skip
+    caption = "Accuracy of a classifier on frozen features over labelled images per class, drawn from the reference."
+    section.plots.append(Plot("fewshot_curves", partial(fewshot.draw, records), caption))
+    several = all(r["num_draws"] > 1 for r in records)
+    bars = "standard deviation over draws and training seeds" if several else "Wilson 95 % where there is one draw"
+    section.notes = [f"Error bars: {bars}. The same seeds draw the same images for every model."]
+    return section
+
+
 def _robustness(study: Study, numbers: Numbers) -> Section:
     sentence = say.on_robustness(numbers.panels, study.main_test)
     section = Section("robustness", "Effective robustness", sentence)
@@ -159,15 +183,18 @@ def _robustness(study: Study, numbers: Numbers) -> Section:
     section.plots.append(Plot("effective_robustness", draw, caption))
     rows = []
     for panel in numbers.panels:
-        for p in panel.points:
-            shown = "–" if p["residual_pp"] is None else say.points(p["residual_pp"])
+        for p in panel.points if panel.line is not None else []:
             outside = " (extrapolated)" if p["extrapolates"] else ""
             arm = ("◆ " if p["supervised"] else "") + p["arm"]
             rows.append([panel.test, arm, say.percent(p["x"]), say.percent(p["y"]), say.percent(p["predicted"]),
-                         shown + outside])  # fmt: skip
+                         say.points(p["residual_pp"]) + outside])  # fmt: skip
     headers = ["test set", "model", study.main_test, "shifted set", "line predicts", "effective robustness"]
-    section.tables.append(Table(headers, rows))
-    section.notes = [f"{p.test}: {_line(p)}" for p in numbers.panels]
+    if rows:
+        section.tables.append(Table(headers, rows))
+    notes: dict[str, list[str]] = {}
+    for panel in numbers.panels:
+        notes.setdefault(_line(panel), []).append(panel.test)
+    section.notes = [f"{', '.join(tests)}: {text}" for text, tests in notes.items()]
     return section
 
 

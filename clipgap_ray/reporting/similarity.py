@@ -6,7 +6,7 @@ import numpy as np
 from scipy import stats
 
 from clipgap_ray.kernels import intervals
-from clipgap_ray.reporting import tables
+from clipgap_ray.reporting import pool_side, tables
 from clipgap_ray.reporting.study import Queries, Study, positions
 from clipgap_ray.reporting.tables import Record
 
@@ -97,6 +97,25 @@ def accuracy_by_similarity(study: Study, width: float) -> list[Record]:
     return records
 
 
+NARROWER = (0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
+FEWEST_BINS = 4
+
+
+def bin_width(study: Study, widest: float) -> float:
+    """Return the widest bins that show a curve: an encoder whose similarities lie in 0.95..1 needs narrower ones.
+
+    Args:
+        study: The study.
+        widest: What is wanted; kept if the middle 98 % of any test set fill at least FEWEST_BINS of it.
+    """
+    spans = [float(np.ptp(np.quantile(q.similarity, [0.01, 0.99])))
+             for test in study.tests if (q := study.queries(test)) is not None]  # fmt: skip
+    if not spans:
+        return widest
+    fitting = [width for width in (widest, *NARROWER) if width <= widest and max(spans) >= FEWEST_BINS * width]
+    return max(fitting, default=min(widest, NARROWER[-1]))
+
+
 def _bins(queries: Queries, right: np.ndarray, uids: list[str], width: float) -> list[Record]:
     at = positions(uids, queries.uids)
     similarity, rate = queries.similarity[at[at >= 0]], right.mean(axis=0)[at >= 0]
@@ -137,7 +156,8 @@ def rank_correlations(study: Study, draws: int, seed: int) -> list[Record]:
         ranks = np.stack([stats.rankdata(similarity), stats.rankdata(rate)])
         picks = rng.integers(0, len(similarity), size=(min(draws, 500), len(similarity)))
         # Ranks are taken once: re-ranking every draw changes the third digit and costs fifty times as much.
-        drawn = np.array([np.corrcoef(ranks[:, pick])[0, 1] for pick in picks])
+        with np.errstate(invalid="ignore"):  # a draw of equal outcomes has no correlation
+            drawn = np.array([np.corrcoef(ranks[:, pick])[0, 1] for pick in picks])
         low, high = intervals.percentile_interval(drawn[np.isfinite(drawn)])
         rho = float(np.corrcoef(ranks)[0, 1])
         records.append({"test": test, "num_images": len(similarity), "rho": rho, "low": low, "high": high})
@@ -182,7 +202,7 @@ def gap_check(study: Study) -> list[Record]:
 
 
 def removed(study: Study) -> tuple[list[Record], list[Record]]:
-    """Attribute every removed pool row to the test image whose threshold it exceeds most, streaming the scores.
+    """Attribute every removed pool row to the test image whose threshold it exceeds most.
 
     Returns:
         Per test image (test, uid, class_name, num_removed; only images with any) and per class.
@@ -193,13 +213,10 @@ def removed(study: Study) -> tuple[list[Record], list[Record]]:
         queries, split = study.queries(test), study.gap_matched(test)
         if queries is None or split is None or not queries.has_reference:
             continue
-        slack = float(study.recipes()[split].get("slack") or 0.0)
+        side = study.pool_side(test, _slack(study, test))
         counts = np.zeros(len(queries.row_ids), np.int64)
         order = np.argsort(queries.row_ids)
-        for part in study.pool_scores(test, ["margin", "arg_margin"]):
-            culprits = part.column("arg_margin").to_numpy()[part.column("margin").to_numpy() > slack]
-            at = order[np.searchsorted(queries.row_ids, culprits, sorter=order)]
-            counts += np.bincount(at, minlength=len(counts))
+        counts[order[np.searchsorted(queries.row_ids, side.culprits, sorter=order)]] = side.removed
         classes = _class_names(study, test, queries)
         for i in np.argsort(-counts, kind="stable"):
             if counts[i]:
@@ -220,6 +237,22 @@ def _class_names(study: Study, test: str, queries: Queries) -> list[str]:
     names = [name or "" for name in metadata.column("class_name").to_pylist()]
     at = positions(queries.uids, metadata.column("uid").to_pylist())
     return [names[i] if i >= 0 else "" for i in at]
+
+
+def pool_histograms(study: Study) -> list[Record]:
+    """Return pool rows by their similarity m to the nearest test image: `test, low, high, num_rows`; empty bins go."""
+    records = []
+    for test in study.tests:
+        side = study.pool_side(test, _slack(study, test))
+        for at in np.nonzero(side.nearest)[0].tolist():
+            ends = {"low": float(pool_side.EDGES[at]), "high": float(pool_side.EDGES[at + 1])}
+            records.append({"test": test, **ends, "num_rows": int(side.nearest[at])})
+    return records
+
+
+def _slack(study: Study, test: str) -> float:
+    split = study.gap_matched(test)
+    return float(study.recipes()[split].get("slack") or 0.0) if split is not None else 0.0
 
 
 # --- exposure of groups ----------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,6 +14,10 @@ import pyarrow as pa
 from clipgap_ray import store
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import DataError
+from clipgap_ray.reporting import pool_side
+from clipgap_ray.reporting.pool_side import PoolSide
+
+LARGE_POOL = 20_000_000  # rows; below, one process reads a test set's scores in seconds
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class Study:
         self.base_split: str = info.get("base_split", "full")
         self.reference: str = info.get("reference") or "reference"
         self.runs = [_run(entry) for entry in info.get("runs", [])]
+        # For pools that are too large to read here: (folder of score tables, slack) -> counts, by a cluster.
+        self.count_pool: Callable[[str, float], PoolSide] | None = None
 
     @classmethod
     def open(cls, uri: str) -> Self:
@@ -133,6 +139,20 @@ class Study:
         for name in store.list_names(folder):
             if name.endswith(".parquet"):
                 yield store.read_table(store.join(folder, name), columns)
+
+    @functools.cache  # noqa: B019
+    def pool_side(self, test: str, slack: float) -> PoolSide:
+        """Count the pool side of the scores of a test set, by `count_pool` where it is set."""
+        if self.count_pool is not None and self.num_pool_rows() >= LARGE_POOL:
+            return self.count_pool(self.path("scores", "pool", test), slack)
+        total = pool_side.merge([])
+        for part in self.pool_scores(test, list(pool_side.COLUMNS)):
+            total = pool_side.merge([total, pool_side.fold(part, slack)])
+        return total
+
+    def num_pool_rows(self) -> int:
+        """Rows of the uncut pool by its recipe; 0 where there is none."""
+        return int(self.recipes().get(self.base_split, {}).get("counts", {}).get("pool") or 0)
 
     @functools.cache  # noqa: B019
     def recipes(self) -> dict[str, dict[str, Any]]:

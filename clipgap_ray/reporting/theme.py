@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,8 +114,15 @@ def grid(
 
 
 def legend_above(figure: Figure, axes: Axes, columns: int = 6) -> None:
-    """Put one legend for all panels above them; entries of the first panel that has any."""
+    """Put one legend for all panels above them: the entries of one panel, then what only others have."""
     handles, labels = axes.get_legend_handles_labels()
+    known = set(labels)
+    for other in figure.axes:  # a kind that only a later panel has
+        for handle, label in zip(*other.get_legend_handles_labels(), strict=True):
+            if label not in known:
+                known.add(label)
+                handles.append(handle)
+                labels.append(label)
     figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, max(len(labels), 1)))
 
 
@@ -133,6 +141,12 @@ def render(draw: Draw) -> dict[str, bytes]:
                 files["light.png"] = buffer.getvalue()
             plt.close(figure)
     return files
+
+
+def page_share(svg: bytes) -> int:
+    """Return how much of the page's width a figure takes, in percent, so that letters are of one size everywhere."""
+    width = re.search(rb'width="([0-9.]+)pt"', svg)
+    return 100 if width is None else min(100, round(100 * float(width[1]) / (72 * WIDTH_INCHES)))
 
 
 def data_uri(data: bytes, media: str) -> str:

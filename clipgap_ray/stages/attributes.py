@@ -27,9 +27,8 @@ from clipgap_ray.encoder import Encoder, EncoderSettings
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.kernels import attributes
 from clipgap_ray.reporting.page import csv_bytes
-from clipgap_ray.stages.session import Progress, bounded, connect
+from clipgap_ray.stages.session import Progress, each_part
 
-SMALL_ROWS = 500_000  # below, starting Ray takes longer than labelling
 FOLDER = re.compile(r"(?:common|counter)-(.+)\Z")
 
 
@@ -58,7 +57,7 @@ def run(settings: AttributesSettings) -> rundir.Summary:
             weights = attributes.prompt_weights(texts, [len(words) for words in prompts.values()])
             work = partial(_part, embeddings, directory.uri, list(prompts), weights, settings.margin, corrections)
             progress = Progress("attributes", len(embeddings.parts), "parts", len(embeddings.parts) - len(todo))
-            for record in _each(work, todo, embeddings.num_rows):
+            for record in each_part(work, todo, embeddings.num_rows):
                 directory.log.append([record])
                 progress.advance(rows=record["kept"])
             progress.close()
@@ -106,22 +105,6 @@ def _encoder(settings: AttributesSettings, embeddings: EmbeddingSet) -> Encoder:
     elif encoder.dim != embeddings.dim:
         raise ConfigError(f"the encoder built here has {encoder.dim} dimensions, {embeddings.uri} has {embeddings.dim}")
     return encoder
-
-
-def _each(work: Callable[[Part], dict[str, Any]], todo: list[Part], num_rows: int) -> Iterator[dict[str, Any]]:
-    if num_rows <= SMALL_ROWS:
-        yield from map(work, todo)
-        return
-    import ray
-
-    connect()
-    shared = ray.put(work)
-    task = ray.remote(num_cpus=1)(_remote)
-    yield from bounded(lambda part: task.remote(shared, part), todo)
-
-
-def _remote(work: Callable[[Part], dict[str, Any]], part: Part) -> dict[str, Any]:
-    return work(part)
 
 
 def _part(

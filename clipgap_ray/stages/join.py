@@ -1,8 +1,10 @@
 """The join that neither paper has: a drop between groups beside every photo's similarity to the training pool.
 
-Reads: schema.PREDICTIONS of a grouped test set, the query table of `score` (or of `gaps`), joined by uid.
-Writes: OUT/join.json, OUT/models.csv, OUT/per_class.csv, OUT/photos/<model>.parquet, OUT/figures/, OUT/summary.json.
-Unit of restart: the whole command; the bootstrap takes seconds per thousand photos. Needs no Ray.
+Reads: schema.PREDICTIONS of a grouped test set, the query table of `score` (or of `gaps`), joined by uid; with --pool
+also captions and backgrounds of the photos' neighbours (`join_pool`).
+Writes: OUT/join.json, OUT/models.csv, OUT/per_class.csv, OUT/photos/<model>.parquet, OUT/figures/, OUT/summary.json;
+with --pool OUT/neighbours.csv, with --pool-attributes OUT/prevalence.csv, with --baseline OUT/adjusted_robustness.csv.
+Unit of restart: the whole command; the bootstrap takes seconds per thousand photos. Needs no Ray, but for large pools.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from clipgap_ray import rundir, schema, store
 from clipgap_ray.config.join import DropJoinSettings
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.kernels import decomposition, overlap
-from clipgap_ray.reporting import figures_join
+from clipgap_ray.reporting import figures_join, figures_pool
 from clipgap_ray.reporting.joined import flat
 from clipgap_ray.reporting.study import positions
 from clipgap_ray.reporting.theme import render
+from clipgap_ray.stages import join_more
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Model:
     dropped: dict[str, int]
     left_out: list[str]
     inputs: dict[str, str]
+    nearest: np.ndarray | None  # (n, k) int64 nearest pool rows, -1 where there are fewer
+    wrong: list[str | None]  # the class that was given instead, where it was wrong and has a name
 
 
 def run(settings: DropJoinSettings) -> rundir.Summary:
@@ -50,6 +55,10 @@ def run(settings: DropJoinSettings) -> rundir.Summary:
     """
     started = time.monotonic()
     models = _read(settings)
+    missing = sorted(set(settings.baseline) - {model.name for model in models})
+    if missing:
+        raise ConfigError(f"--baseline names {missing}, --predictions {[model.name for model in models]}")
+    pool = join_more.open_pool(settings)
     results: dict[str, Any] = {}
     for model in models:
         rng = np.random.default_rng(settings.seed)
@@ -57,15 +66,19 @@ def run(settings: DropJoinSettings) -> rundir.Summary:
         with threadpoolctl.threadpool_limits(1):
             found = decomposition.summarise(model.photos, rng, settings.draws, settings.min_overlap, settings.caliper)
         about = {"model": model.name, "classes_left_out": model.left_out, "inputs": model.inputs}
-        results[model.name] = {**about, "left_out": model.dropped, **found}
-        _write_model(settings.out, model, results[model.name])
+        more, columns = join_more.about_pool(settings, pool, model.photos, model.uids, model.nearest, model.wrong, rng)
+        results[model.name] = {**about, "left_out": model.dropped, **found, **more}
+        _write_model(settings.out, model, results[model.name], columns)
     result: dict[str, Any] = {"test": settings.test, "models": results, "settings": settings.fingerprint()}
     if len(models) == 1:
         result = {**next(iter(results.values())), **result}
-    store.write_json(store.join(settings.out, "join.json"), result)
     _write_csv(settings.out, "models.csv", [flat(r) for r in results.values()])
     _write_csv(settings.out, "per_class.csv", [{"model": n, **c} for n, r in results.items() for c in r["classes"]])
     _write_figure(settings.out, "parts", partial(figures_join.drop_parts, list(results.values())))
+    if settings.baseline:
+        result["adjusted_robustness"] = join_more.adjusted_robustness(list(results.values()), settings.baseline)
+    _write_more(settings.out, result, results)
+    store.write_json(store.join(settings.out, "join.json"), result)
     return _finish(settings, models, results, started)
 
 
@@ -100,11 +113,12 @@ def _per_model(words: tuple[str, ...], models: list[str], what: str) -> dict[str
 
 
 def _model(settings: DropJoinSettings, name: str, path: str, scores: str, column: str) -> Model:
-    predictions = _columns(path, ["uid", "class_name", "group", "correct"], "`clipgap evaluate` writes them")
+    needed = ["uid", "class_name", "group", "correct"]
+    predictions = _columns(path, needed, "`clipgap evaluate` writes them", ["label", "prediction"])
     table = scores if scores.endswith(".parquet") else store.join(scores, "queries", f"{settings.test}.parquet")
     if table != scores:
         _check_scored(scores, settings.test)
-    queries = _columns(table, ["uid", column], "see --column")
+    queries = _columns(table, ["uid", column], "see --column", ["nearest_row_ids"])
     values = queries.column(column).to_numpy(zero_copy_only=False).astype(np.float64)
     unknown = ~np.isfinite(values)
     if unknown.any():
@@ -134,7 +148,14 @@ def _model(settings: DropJoinSettings, name: str, path: str, scores: str, column
                "class_without_both_groups": len(scored) - len(kept) - other}  # fmt: skip
     inputs = {path: store.sha256(store.read_bytes(path)), table: store.sha256(store.read_bytes(table))}
     ours = [uids[i] for i in scored[kept]]
-    return Model(name, photos, ours, len(uids), {k: v for k, v in dropped.items() if v}, left_out, inputs)
+    dropped = {reason: count for reason, count in dropped.items() if count}
+    nearest = None
+    if "nearest_row_ids" in queries.column_names:
+        nearest = join_more.padded(
+            queries.column("nearest_row_ids").take(pa.array(at[scored[kept]])), settings.neighbours
+        )
+    wrong = join_more.wrong_names(predictions.take(pa.array(scored[kept])), predictions)
+    return Model(name, photos, ours, len(uids), dropped, left_out, inputs, nearest, wrong)
 
 
 def _check_scored(scores: str, test: str) -> None:
@@ -146,18 +167,18 @@ def _check_scored(scores: str, test: str) -> None:
         )
 
 
-def _columns(path: str, names: list[str], hint: str) -> pa.Table:
+def _columns(path: str, names: list[str], hint: str, further: list[str]) -> pa.Table:
     table = store.read_table(path)
     missing = [name for name in names if name not in table.column_names]
     if missing:
         raise DataError(f"{path} lacks the columns {missing}; it has {table.column_names}", hint=hint)
-    return table.select(names)
+    return table.select(list(dict.fromkeys([*names, *(name for name in further if name in table.column_names)])))
 
 
 # --- output ----------------------------------------------------------------------------------------------
 
 
-def _write_model(out: str, model: Model, result: dict[str, Any]) -> None:
+def _write_model(out: str, model: Model, result: dict[str, Any], further: dict[str, Any]) -> None:
     """The joined photos of one model (schema.JOINED) and its figure."""
     photos = model.photos
     table = pa.table(
@@ -171,9 +192,28 @@ def _write_model(out: str, model: Model, result: dict[str, Any]) -> None:
         },
         schema=schema.JOINED,
     )
+    for column, values in further.items():
+        table = table.append_column(column, pa.array(values))
     name = model.name.replace("/", "-")
     store.write_table(store.join(out, "photos", f"{name}.parquet"), table)
     _write_figure(out, f"join-{name}", partial(figures_join.drop_at_equal_similarity, result))
+
+
+def _write_more(out: str, result: dict[str, Any], models: dict[str, Any]) -> None:
+    """Tables and figures of what was asked for beside the split of the drop."""
+    with_neighbours = {name: own["neighbours"] for name, own in models.items() if own.get("neighbours")}
+    lines = [line for name, own in with_neighbours.items() for line in join_more.neighbour_lines(name, own)]
+    if lines:
+        _write_csv(out, "neighbours.csv", lines)
+        _write_figure(out, "neighbours", partial(figures_pool.regimes, with_neighbours))
+    with_prevalence = {name: own["prevalence"] for name, own in models.items() if own.get("prevalence")}
+    lines = [{"model": name, **line} for name, own in with_prevalence.items() for line in own["classes"]]
+    if lines:
+        _write_csv(out, "prevalence.csv", lines)
+        _write_figure(out, "prevalence", partial(figures_pool.prevalence, with_prevalence))
+    if "adjusted_robustness" in result:
+        _write_csv(out, "adjusted_robustness.csv", result["adjusted_robustness"]["models"])
+        _write_figure(out, "adjusted_robustness", partial(figures_pool.adjusted, result["adjusted_robustness"]))
 
 
 def _write_figure(out: str, name: str, draw: Any) -> None:

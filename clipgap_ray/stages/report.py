@@ -1,4 +1,4 @@
-"""A study's directory in, one page out. Reads what other stages wrote; needs neither Ray nor a GPU.
+"""A study's directory in, one page out. Reads what other stages wrote; needs no GPU, and Ray for large pools only.
 
 Reads: study.json, embed/, dedup/keep, scores/, splits/*.recipe.json, gaps/, runs/*/metrics.jsonl, eval/.
 Writes: OUT/index.html (self-contained), OUT/figures/*.svg and *.png, OUT/tables/*.csv and *.parquet,
@@ -19,6 +19,7 @@ from clipgap_ray.hidden import read_hidden
 from clipgap_ray.reporting import conclusions, layout, page, sections
 from clipgap_ray.reporting.galleries import Thumbnails
 from clipgap_ray.reporting.numbers import Numbers, compute
+from clipgap_ray.reporting.pool_side import PoolSide
 from clipgap_ray.reporting.study import Study
 
 
@@ -34,6 +35,7 @@ def run(settings: ReportSettings) -> rundir.Summary:
     """
     started = time.monotonic()
     study = Study.open(settings.study)
+    study.count_pool = _count_pool
     out = settings.out or study.path("report")
     numbers = compute(study, settings.bin_width, settings.draws, settings.seed)
     pictures = Thumbnails(study.embeddings, read_hidden(settings.blocklist, settings.hide), settings.images)
@@ -71,6 +73,13 @@ def run(settings: ReportSettings) -> rundir.Summary:
     return summary
 
 
+def _count_pool(folder: str, slack: float) -> PoolSide:
+    """Count a large pool's scores on the cluster; Ray is imported only then."""
+    from clipgap_ray.stages import pool_side
+
+    return pool_side.count(folder, slack)
+
+
 def _subtitle(study: Study, numbers: Numbers) -> str:
     pool = study.embeddings("pool")
     metric = study.info.get("metric", {})
@@ -81,7 +90,7 @@ def _subtitle(study: Study, numbers: Numbers) -> str:
         f"{len(study.runs)} models" + (f", {conclusions.seeds(numbers.accuracy)}" if numbers.accuracy else ""),
     ]
     if metric:
-        parts.append(f"similarity by {metric.get('model')} ({metric.get('pretrained')})")
+        parts.append(f"similarity by {metric.get('model')} ({str(metric.get('pretrained')).rsplit('/', 1)[-1]})")
     return " · ".join(parts)
 
 

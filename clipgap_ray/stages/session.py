@@ -10,7 +10,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import ray
@@ -18,10 +18,12 @@ import ray
 from clipgap_ray.errors import ClipgapError, ConfigError
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 LOCAL_CPUS = 4  # logical: Ray does not pin cores, and stages ask for fractions, so two cores are enough
 LOG_EVERY_S = 10.0
 START_ATTEMPTS = 3
+SMALL_ROWS = 500_000  # below, starting Ray takes longer than light work on the rows
 MOST_TASKS = 4096  # in flight, where the autoscaler knows no limit
 
 logger = logging.getLogger("clipgap")
@@ -156,6 +158,27 @@ def bounded(submit: Callable[[T], Any], items: Iterable[T], limit: int = 0) -> I
             raise error.cause if isinstance(error.cause, ClipgapError) else error from None
         running.extend(submit(item) for item in itertools.islice(waiting, len(done)))
         yield from results
+
+
+def each_part(work: Callable[[T], R], parts: Sequence[T], num_rows: int) -> Iterator[R]:
+    """Yield what `work` makes of every part, in any order: here for small sets, by Ray tasks for large ones.
+
+    Args:
+        work: Takes a part; must be picklable.
+        parts: The parts.
+        num_rows: Rows in all parts; from SMALL_ROWS on it is worth starting Ray.
+    """
+    if num_rows < SMALL_ROWS:
+        yield from map(work, parts)
+        return
+    connect()
+    shared = ray.put(work)
+    task: Any = ray.remote(num_cpus=1)(_call)
+    yield from bounded(lambda part: task.remote(shared, part), parts)
+
+
+def _call(work: Callable[[T], R], part: T) -> R:
+    return work(part)
 
 
 class Progress:

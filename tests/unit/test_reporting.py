@@ -1,12 +1,14 @@
 """The report of a fake study: its numbers against brute force, its page whole, and what is missing named."""
 
 import base64
+import dataclasses
 import json
 import re
 import shutil
 from html.parser import HTMLParser
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from matplotlib import pyplot
@@ -15,7 +17,18 @@ from clipgap_ray import schema, store
 from clipgap_ray.config.report import ReportSettings
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.hidden import read_hidden
-from clipgap_ray.reporting import conclusions, density, figures, galleries, joined, planted, similarity, tables, theme
+from clipgap_ray.reporting import (
+    conclusions,
+    density,
+    fewshot,
+    figures,
+    galleries,
+    joined,
+    planted,
+    similarity,
+    tables,
+    theme,
+)
 from clipgap_ray.reporting.study import Study
 from clipgap_ray.stages import report
 from tests.unit.study_fixture import Built, build_study
@@ -232,6 +245,50 @@ def test_blocked_images_are_never_shown(built, study, tmp_path) -> None:
 def test_a_rule_that_hides_nothing_is_refused(rule, message) -> None:
     with pytest.raises(ConfigError, match=message):
         ReportSettings.load({"study": "s", "hide": (rule,)}, "report")
+
+
+@pytest.mark.parametrize(("span", "widest", "width"), [(0.4, 0.05, 0.05), (0.06, 0.05, 0.01), (0.06, 0.002, 0.002)])
+def test_bins_narrow_where_an_encoder_crowds_its_similarities(study, monkeypatch, span, widest, width) -> None:
+    queries = study.queries("val")
+    crowded = dataclasses.replace(queries, similarity=np.linspace(1 - span, 1, len(queries.similarity)))
+    monkeypatch.setattr(study, "queries", lambda test: crowded)
+    assert similarity.bin_width(study, widest) == width
+
+
+def test_numbers_that_round_to_nothing_have_no_sign() -> None:
+    assert conclusions.signed(-0.04) == "0.0"
+    assert conclusions.signed(0.0) == "0.0"
+    assert conclusions.span(-0.04, 3.2, "+.1f") == "[0.0, +3.2]"
+    assert conclusions.points(-8.13) == "−8.1\u00a0points"
+
+
+def test_few_shot_curves_are_means_over_draws_with_their_spread(built, tmp_path) -> None:
+    root = tmp_path / "s"
+    shutil.copytree(built.root, root, ignore=shutil.ignore_patterns("report", "world", "tests"))
+    assert fewshot.curves(Study.open(str(root))) == []
+    rows = {"k": [1, 1, 0, 4], "seed": [0, 1, 0, 0], "acc1": [0.2, 0.4, 0.75, 0.5], "num_samples": [80] * 4}
+    for run, lift in (("full-s0", 0.0), ("gap-sketch-s0", -0.1)):
+        table = pa.table({**rows, "acc1": [a + lift for a in rows["acc1"]]})
+        store.write_table(str(root / "eval" / run / "sketch.fewshot.parquet"), table)
+    records = fewshot.curves(Study.open(str(root)))
+    assert [r["k"] for r in records] == [1, 4, 0, 1, 4, 0]
+    first = records[0]
+    assert (first["accuracy"], first["num_draws"]) == (pytest.approx(0.3), 2)
+    assert first["sd"] == pytest.approx(np.std([0.2, 0.4], ddof=1))
+    assert records[1]["sd"] is None
+    assert records[1]["low"] < 0.5 < records[1]["high"]
+    text = fewshot.sentence(records, "sketch", "full")
+    assert "all labelled images on sketch" in text
+    assert "75.0 %" in text
+    assert "−10.0 points" in text
+    fewshot.draw(records, theme.LIGHT)
+    store.write_table(str(root / "eval" / "full-s0" / "val.fewshot.parquet"), pa.table({"k": [1], "acc1": [20.0]}))
+    with pytest.raises(DataError, match="lacks the columns"):
+        fewshot.curves(Study.open(str(root)))
+    bad = pa.table({"k": [1], "seed": [0], "acc1": [20.0], "num_samples": [80]})
+    store.write_table(str(root / "eval" / "full-s0" / "val.fewshot.parquet"), bad)
+    with pytest.raises(DataError, match="no fraction"):
+        fewshot.curves(Study.open(str(root)))
 
 
 # --- page ------------------------------------------------------------------------------------------------

@@ -1,0 +1,128 @@
+"""Few-shot and linear-probe curves, pruned against full: accuracy over labelled images per class.
+
+Reads eval/<run>/<test>.fewshot.parquet with the columns `k` (images per class; 0 = all of the reference), `seed` (of
+the draw of shots), `acc1` (fraction) and `num_samples` (test images). Nothing is shown where no run has one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+
+from clipgap_ray import store
+from clipgap_ray.errors import DataError
+from clipgap_ray.kernels import intervals
+from clipgap_ray.reporting import tables
+from clipgap_ray.reporting.study import Study
+from clipgap_ray.reporting.tables import Record
+from clipgap_ray.reporting.theme import GREEN, ORANGE, PURPLE, VERMILLION, Theme, grid, legend_above
+
+COLUMNS = ("k", "seed", "acc1", "num_samples")
+
+
+def curves(study: Study) -> list[Record]:
+    """Return accuracy per arm, test set and number of shots: mean over draws and training seeds, with their spread.
+
+    Returns:
+        Records `test, arm, split, supervised, k, accuracy, sd, low, high, num_draws, num_images`; `sd` is None for one
+        draw, and then `low` and `high` are Wilson's interval over test images; else mean -+ sd.
+
+    Raises:
+        DataError: If a file lacks a column or holds accuracies outside [0, 1].
+    """
+    records = []
+    for test in study.tests:
+        for arm in tables.arms(study):
+            rows = [row for run in arm.runs for row in _rows(study.path("eval", run.name, f"{test}.fewshot.parquet"))]
+            for k in sorted({row["k"] for row in rows}, key=lambda k: (k == 0, k)):
+                own = [row for row in rows if row["k"] == k]
+                spread = intervals.over_seeds(np.array([row["acc1"] for row in own]))
+                count = int(own[0]["num_samples"])
+                sd = spread.sd if spread.num_seeds > 1 else None
+                low, high = intervals.wilson(np.array(spread.mean * count), np.array(count))
+                records.append(
+                    {
+                        "test": test,
+                        "arm": arm.label,
+                        "split": arm.split,
+                        "kind": study.recipes().get(arm.split, {}).get("kind", ""),
+                        "supervised": arm.supervised,
+                        "k": int(k),
+                        "accuracy": spread.mean,
+                        "sd": sd,
+                        "low": float(low) if sd is None else spread.mean - sd,
+                        "high": float(high) if sd is None else spread.mean + sd,
+                        "num_draws": spread.num_seeds,
+                        "num_images": count,
+                    }
+                )
+    return records
+
+
+def _rows(path: str) -> list[Record]:
+    if not store.exists(path):
+        return []
+    table = store.read_table(path)
+    missing = [name for name in COLUMNS if name not in table.column_names]
+    if missing:
+        raise DataError(f"{path} lacks the columns {missing}; it has {table.column_names}")
+    rows: list[Record] = table.select(list(COLUMNS)).to_pylist()
+    wrong = [row["acc1"] for row in rows if not 0 <= row["acc1"] <= 1]
+    if wrong:
+        raise DataError(f"{path}: acc1 {wrong[0]:g} is no fraction", hint="fractions, not percent")
+    return rows
+
+
+def sentence(records: list[Record], main_test: str, base_split: str) -> str:
+    """Compare the full pool with the cut that loses most at the most shots on the main test set."""
+    own = [r for r in records if r["test"] == main_test] or records
+    most = max(own, key=lambda r: (r["k"] == 0, r["k"]))["k"]
+    last = {r["arm"]: r for r in own if r["k"] == most and not r["supervised"]}
+    full = next((r for r in last.values() if r["split"] == base_split), None)
+    cuts = [r for r in last.values() if r["split"] != base_split]
+    where = f"With {shots(most)} on {own[0]['test']}"
+    if full is None or not cuts:
+        return f"{where}: " + ", ".join(f"{r['arm']} {100 * r['accuracy']:.1f} %" for r in last.values()) + "."
+    worst = min(cuts, key=lambda r: r["accuracy"])
+    change = 100 * (worst["accuracy"] - full["accuracy"])
+    return (
+        f"{where} the full pool's features reach {100 * full['accuracy']:.1f} %, those of {worst['arm']} "
+        f"{100 * worst['accuracy']:.1f} % ({change:+.1f} points, {worst['num_draws']} draws)."
+    ).replace("-", "−")
+
+
+def shots(k: int) -> str:
+    """1 -> one image per class; 0 -> all labelled images."""
+    return "all labelled images" if k == 0 else f"{k} image{'s' if k != 1 else ''} per class"
+
+
+def draw(records: list[Record], theme: Theme) -> Figure:
+    """One panel per test set: accuracy over images per class, a line per arm; "all" stands at the right end."""
+    tests = list(dict.fromkeys(r["test"] for r in records))
+    arms = list(dict.fromkeys(r["arm"] for r in records))
+    ks = sorted({r["k"] for r in records}, key=lambda k: (k == 0, k))
+    place = {k: i for i, k in enumerate(ks)}
+    palette = (theme.ink, theme.pool, ORANGE, GREEN, VERMILLION, PURPLE)
+    figure, axes = grid(len(tests), height=3.1, sharex=True)
+    for axis, test in zip(axes, tests, strict=True):
+        for number, arm in enumerate(arms):
+            rows = [r for r in records if r["test"] == test and r["arm"] == arm]
+            if not rows:
+                continue
+            value = np.array([r["accuracy"] for r in rows])
+            errors = np.clip([value - [r["low"] for r in rows], [r["high"] for r in rows] - value], 0, None)
+            axis.errorbar(
+                [place[r["k"]] for r in rows], value, errors, marker="os^Dv"[number % 5], ms=5, capsize=2,
+                elinewidth=1.2, color=palette[number % 6], ls=("-", "--", ":")[number // 6 % 3], label=arm,
+            )  # fmt: skip
+        axis.set_title(f"{test}  (n = {next(r['num_images'] for r in records if r['test'] == test):,})")
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
+        axis.xaxis.set_major_locator(FixedLocator(list(range(len(ks)))))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda at, _: "all" if ks[int(at)] == 0 else str(ks[int(at)])))
+        axis.set_xlabel("labelled images per class")
+        axis.tick_params(labelbottom=True)
+    axes[0].set_ylabel("accuracy (top 1)")
+    legend_above(figure, axes[0], columns=4)
+    return figure
