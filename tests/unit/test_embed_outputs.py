@@ -10,7 +10,7 @@ from clipgap_ray import store
 from clipgap_ray.config.embed import EmbedSettings
 from clipgap_ray.embeddings import identity
 from clipgap_ray.errors import ConfigError
-from clipgap_ray.stages import embed_outputs
+from clipgap_ray.stages import embed, embed_outputs
 
 TIMM = "timm:test_vit.r160_in1k,random"
 
@@ -52,6 +52,15 @@ def test_the_guard_of_a_folder_is_that_of_its_encoder_alone() -> None:
     assert fast != exact  # one folder is decoded one way
     assert fast["encoder"] == exact["encoder"]  # but both meet in a score
     assert "shrink_to" not in str(identity({"preprocess": {"size": 64, "shrink_to": 64}}))
+
+
+def test_the_driver_describes_gpu_encoders_without_a_gpu() -> None:
+    model, pretrained = TIMM.split(",")
+    wanted = settings(model=model, pretrained=pretrained)
+    on_gpu = embed_outputs.on_this_device(embed_outputs.named(wanted)[0], wanted, "cuda")
+    (built,) = embed._built([on_gpu], wanted, [])
+    assert (built.encoder.device, built.encoder.precision) == ("cuda", "fp16")
+    assert (built.fingerprint["precision"], built.dim) == ("fp16", 64)
 
 
 def test_part_numbers_are_common_and_never_change(tmp_path: Path) -> None:
