@@ -13,9 +13,9 @@ environment of its own:
     python benchmarks/embed.py --clip-retrieval cr/bin/clip-retrieval
 
 Everybody runs twice a round, over few and over many images; the difference is without start-up. CPU-seconds are those
-of all processes of a competitor; `rate` is cores / (CPU-seconds per image), `wall` is what the clock said. A busy machine
-changes the first less than the second, but it does: Ray's processes poll while they wait. Use a quiet one. Competitors
-alternate; the table shows the median and the range.
+of all processes of a competitor; `rate` is cores / (CPU-seconds per image), `wall` is what the clock said. A busy
+machine changes the first less than the second, but it does: Ray's processes poll while they wait. Use a quiet one.
+Competitors alternate; the table shows the median and the range.
 """
 
 from __future__ import annotations
