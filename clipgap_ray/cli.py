@@ -141,7 +141,8 @@ def _finish(result: Any, settings: Any) -> int:
     if values.get("exit_code"):
         return int(values["exit_code"])
     allowed = getattr(settings, "max_skip_fraction", None)
-    if allowed is not None and result.dropped_share > allowed:
+    predicted = isinstance(result, dict)  # `plan` has embed's settings and nothing skipped yet
+    if allowed is not None and not predicted and result.dropped_share > allowed:
         share = f"{result.dropped_share:.2%}"
         print(f"complete, but {share} of the samples were skipped (allowed: {allowed:.2%})", file=sys.stderr)
         return EXIT_SKIPPED

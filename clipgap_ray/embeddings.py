@@ -23,6 +23,8 @@ from clipgap_ray.errors import ConfigError, DataError, IndexMismatchError
 GROUP_BYTES = 1 << 30
 # What makes two encoders the same notion of similarity; batch size and threads only change the last bits.
 IDENTITY = ("model", "weights_sha256", "quick_gelu", "preprocess", "dim", "crop_border")
+# In place of the hash where rows were imported: there were no weights to hash, names are all that can be compared.
+AS_GIVEN = "as given: "
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def write_part(
     texts: np.ndarray | None,
     metadata: pa.Table,
     ledger: pa.Table,
+    twins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write the files of one part and return its commit record (not yet committed).
 
@@ -60,6 +63,7 @@ def write_part(
         texts: (n, d) likewise, zero rows where the caption is null; None writes no text file.
         metadata: n rows of `schema.METADATA`.
         ledger: Rows of `schema.LEDGER`; those with `dropped` count as read and dropped.
+        twins: Files that may hold the same bytes already, by kind: they are linked instead of written.
 
     Returns:
         The record for `CommitLog.append`.
@@ -73,8 +77,12 @@ def write_part(
     }
     if texts is not None:
         contents["text_emb"] = store.array_bytes(np.ascontiguousarray(texts, dtype=np.float16))
+    hashes = {kind: store.sha256(data) for kind, data in contents.items()}
     for kind, data in contents.items():
-        store.write_bytes(store.join(uri, part_file(kind, part)), data)
+        target = store.join(uri, part_file(kind, part))
+        twin = (twins or {}).get(kind)
+        if twin is None or not store.link(twin, target, hashes[kind]):
+            store.write_bytes(target, data)
     dropped, notes = _count(ledger)
     return {
         "part": part,
@@ -84,7 +92,7 @@ def write_part(
         "kept": images.shape[0],
         "dropped": dropped,
         "notes": notes,
-        "files": {kind: store.sha256(data) for kind, data in contents.items()},
+        "files": hashes,
     }
 
 
@@ -213,8 +221,16 @@ def identity(encoder: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _names(encoder: dict[str, Any]) -> dict[str, Any]:
+    """What the user can say of rows that somebody else made: weights by tag or file name."""
+    pretrained = str(encoder.get("pretrained", "")).rstrip("/").rsplit("/", 1)[-1]
+    return {"model": encoder.get("model"), "pretrained": pretrained, "dim": encoder.get("dim")}
+
+
 def check_same_encoder(first: dict[str, Any], second: dict[str, Any], names: tuple[str, str]) -> None:
     """Refuse to compare rows of different encoders.
+
+    Where one side was imported, model, weights and dimension are compared by name, else what was hashed.
 
     Args:
         first: Fingerprint of one side.
@@ -224,8 +240,9 @@ def check_same_encoder(first: dict[str, Any], second: dict[str, Any], names: tup
     Raises:
         IndexMismatchError: Naming every field that differs.
     """
-    a, b = identity(first), identity(second)
-    changed = [f"{name} is {a[name]!r} and {b[name]!r}" for name in IDENTITY if a[name] != b[name]]
+    by_name = any(str(side.get("weights_sha256")).startswith(AS_GIVEN) for side in (first, second))
+    a, b = (_names(side) if by_name else identity(side) for side in (first, second))
+    changed = [f"{name} is {a[name]!r} and {b[name]!r}" for name in a if a[name] != b[name]]
     if changed:
         raise IndexMismatchError(
             f"{names[0]} and {names[1]} were embedded by different encoders: " + "; ".join(changed),

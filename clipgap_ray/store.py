@@ -284,6 +284,29 @@ def read_json(uri: str) -> Any:
         raise DataError(f"{uri} is not JSON: {error}") from None
 
 
+def link(source: str, target: str, content: str) -> bool:
+    """Give a local file a second name, atomically, if its content has this sha256.
+
+    Returns:
+        False where that cannot be: another content, another disk, an object store.
+    """
+    if not (is_local(source) and is_local(target)):
+        return False
+    path, other = Path(filesystem(source)[1]), Path(filesystem(target)[1])
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != content:
+            return False
+    other.parent.mkdir(parents=True, exist_ok=True)
+    temporary = other.with_name(f".{other.name}.{os.getpid()}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(path, temporary)
+        os.replace(temporary, other)
+    except OSError:
+        return False
+    return True
+
+
 def write_json(uri: str, value: Any) -> None:
     """Write a JSON file atomically, indented, with a final newline."""
     write_bytes(uri, (json.dumps(value, indent=2, default=str) + "\n").encode())

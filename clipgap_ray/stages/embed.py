@@ -17,6 +17,7 @@ Unit of restart: the shard. Actors: one per GPU, or one per core. On failure: ru
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,7 +123,8 @@ def _built(outputs: list[Output], settings: EmbedSettings, shards: list[Shard]) 
     built, seconds, rows = [], 0.0, 0
     on_cpu = outputs[0].encoder.device == "cpu"
     for output in outputs:
-        encoder = output.encoder.build()
+        # On the driver's CPU: the head of a cluster of GPUs need not have one.
+        encoder = dataclasses.replace(output.encoder, device="cpu").build()
         built.append(embed_outputs.described(output, encoder))
         done = {record["shard"] for record in rundir.CommitLog(output.uri).records.values()} if on_cpu else set()
         left = [shard for shard in shards if shard.name not in done]

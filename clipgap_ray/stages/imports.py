@@ -2,7 +2,8 @@
 
 Three layouts: clip-retrieval's folder (img_emb/*.npy, text_emb/*.npy, metadata/*.parquet, any zero padding),
 DataComp's (NAME.npz beside NAME.parquet), and parquet files with a vector column. Rows are checked for shape,
-finiteness and norm; rows that are not unit are normalised, and the summary says how many.
+finiteness and norm; rows that are not unit are normalised, and the summary says how many. A file of rows that is
+already what we would write (float16, unit, contiguous; on the same disk) is linked, not copied: do not overwrite it.
 
 Unit of restart: the file. Everything runs in the driver: the work is reading.
 """
@@ -20,6 +21,7 @@ import pyarrow as pa
 
 from clipgap_ray import embeddings, rundir, schema, store
 from clipgap_ray.config.embed import ImportSettings
+from clipgap_ray.encoder_names import resolve_names
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.kernels.vectors import normalise
 from clipgap_ray.shards import CAPTION_FIELDS, URL_FIELDS, sample_uid
@@ -53,7 +55,10 @@ def run(settings: ImportSettings) -> rundir.Summary:
             f"*.parquet, or *.parquet with a column {settings.embedding_column!r}",
             hint="name the vector column with --embedding-column",
         )
-    dim = _load(files[0], settings)[0].shape[1]
+    first, first_texts = _load(files[0], settings)
+    if first.ndim != 2:
+        raise DataError(f"{files[0].images}: an array of shape {first.shape}, expected rows of vectors")
+    dim, text = first.shape[1], first_texts is not None
     fingerprint = _fingerprint(settings, dim)
     guarded = {"folder": settings.folder, "encoder": embeddings.identity(fingerprint)}
     with rundir.RunDirectory(settings.out, "embed", guarded) as directory:
@@ -62,7 +67,7 @@ def run(settings: ImportSettings) -> rundir.Summary:
         progress = Progress("import", len(files), "files", done=len(directory.log.records))
         for file in files:
             if parts[file.name] not in directory.log.records:
-                record = _import(directory.uri, file, parts[file.name], dim, settings)
+                record = _import(directory.uri, file, parts[file.name], dim, text, settings)
                 directory.log.append([record])
                 progress.advance(rows=record["rows"])
         progress.close()
@@ -74,7 +79,7 @@ def run(settings: ImportSettings) -> rundir.Summary:
                 "kind": "pool",
                 "class_names": [],
                 "templates": [],
-                "text": bool(files[0].texts),
+                "text": text,
                 "partial": {"shards": None, "sample": 1.0},
             }
         )
@@ -82,10 +87,11 @@ def run(settings: ImportSettings) -> rundir.Summary:
 
 def _fingerprint(settings: ImportSettings, dim: int) -> dict[str, Any]:
     """The encoder as the user names it: there are no weights to hash."""
+    model, pretrained = resolve_names(settings.model, settings.pretrained)
     return {
-        "model": settings.model,
-        "pretrained": settings.pretrained,
-        "weights_sha256": f"as given: {settings.model}/{settings.pretrained}",
+        "model": model,
+        "pretrained": pretrained,
+        "weights_sha256": f"{embeddings.AS_GIVEN}{model}/{pretrained}",
         "quick_gelu": None,
         "preprocess": None,
         "crop_border": None,
@@ -147,21 +153,37 @@ def _load(file: _File, settings: ImportSettings) -> tuple[np.ndarray, np.ndarray
     return rows.reshape(len(column), -1), None
 
 
-def _import(uri: str, file: _File, part: int, dim: int, settings: ImportSettings) -> dict[str, Any]:
+def _import(uri: str, file: _File, part: int, dim: int, text: bool, settings: ImportSettings) -> dict[str, Any]:
     images, texts = _load(file, settings)
     table = store.read_table(file.metadata)
     if images.ndim != 2 or images.shape != (table.num_rows, dim):
         raise DataError(f"{file.images}: rows {images.shape} beside {table.num_rows} metadata rows of dim {dim}")
+    if (texts is not None) != text:
+        raise DataError(
+            f"{file.images} {'has' if texts is not None else 'lacks'} text rows, the first file "
+            f"{'has' if text else 'lacks'} them",
+            hint="import the files with text rows and those without into separate folders",
+        )
+    if texts is not None and texts.shape != images.shape:
+        raise DataError(f"{file.texts}: text rows {texts.shape} beside image rows {images.shape}")
     rows, bad, renormed = _unit(np.asarray(images))
     ledger = [
         {"shard": file.name, "key": str(i), "reason": "not_finite", "detail": "", "dropped": True}
         for i in np.nonzero(bad)[0].tolist()
     ]
     good = ~bad
+    ready = file.images.endswith(".npy") and not bad.any()
+    twins = {"img_emb": file.images} if ready and not renormed else {}
+    text_rows = None
+    if texts is not None:
+        all_texts, without, text_renormed = _unit(np.asarray(texts))
+        all_texts[without] = 0  # no caption, or one that the encoder failed on: the layout's zero row
+        text_rows = all_texts[good]
+        if ready and not text_renormed:
+            twins["text_emb"] = file.texts
     metadata = _metadata(table.filter(pa.array(good)), part, file.name, settings.folder)
-    text_rows = _unit(np.asarray(texts))[0][good] if texts is not None else None
     notes = pa.Table.from_pylist(ledger, schema=schema.LEDGER)
-    record = embeddings.write_part(uri, part, file.name, rows[good], text_rows, metadata, notes)
+    record = embeddings.write_part(uri, part, file.name, rows[good], text_rows, metadata, notes, twins)
     if renormed:
         record["notes"]["normalised"] = renormed
     return record

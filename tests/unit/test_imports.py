@@ -7,9 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from clipgap_ray import store
 from clipgap_ray.config.embed import ImportSettings
-from clipgap_ray.embeddings import EmbeddingSet
-from clipgap_ray.errors import ConfigError, DataError
+from clipgap_ray.embeddings import EmbeddingSet, check_same_encoder, part_file
+from clipgap_ray.errors import ConfigError, DataError, IndexMismatchError
 from clipgap_ray.stages import imports
 
 MODEL = {"model": "ViT-B-32", "pretrained": "openai"}
@@ -98,6 +99,76 @@ def test_rows_and_metadata_that_do_not_align_are_refused(tmp_path):
     np.save(tmp_path / "laion" / "img_emb" / "img_emb_0.npy", _rows(6).astype(np.float16))
     with pytest.raises(DataError, match=r"rows \(6, 8\) beside 5 metadata rows"):
         imports.run(ImportSettings(folder=str(tmp_path / "laion"), out=str(tmp_path / "emb"), **MODEL))
+
+
+def test_files_that_fit_are_linked_and_others_are_written(tmp_path):
+    whole, odd = _rows(5), _rows(5, seed=1)
+    _clip_retrieval(tmp_path / "laion", [whole, odd, whole], 1)
+    images = tmp_path / "laion" / "img_emb"
+    np.save(images / "img_emb_1.npy", odd)  # float32
+    np.save(images / "img_emb_2.npy", (2 * whole).astype(np.float16))  # not unit
+    out = tmp_path / "emb"
+    imports.run(ImportSettings(folder=str(tmp_path / "laion"), out=str(out), **MODEL))
+    linked = [(out / "img_emb" / f"img_emb_{i:05d}.npy").samefile(images / f"img_emb_{i}.npy") for i in range(3)]
+    assert linked == [True, False, False]
+    assert (out / "text_emb/text_emb_00000.npy").samefile(tmp_path / "laion/text_emb/text_emb_0.npy")
+    pool = EmbeddingSet.open(str(out))
+    np.testing.assert_array_equal(pool.all_images(), np.concatenate([whole, odd, whole]).astype(np.float16))
+    for part in pool.parts:
+        for kind, content in part.files.items():
+            assert store.sha256(store.read_bytes(str(out / part_file(kind, part.number)))) == content
+    assert not [name for name in (out / "img_emb").iterdir() if name.name.endswith(".tmp")]
+
+
+def test_text_rows_without_a_number_become_the_layouts_zero_row(tmp_path):
+    rows = _rows(4)
+    _clip_retrieval(tmp_path / "laion", [rows], 1)
+    texts = rows.copy()
+    texts[1], texts[2] = np.nan, 0
+    np.save(tmp_path / "laion" / "text_emb" / "text_emb_0.npy", texts.astype(np.float16))
+    imports.run(ImportSettings(folder=str(tmp_path / "laion"), out=str(tmp_path / "emb"), **MODEL))
+    found = np.asarray(EmbeddingSet.open(str(tmp_path / "emb")).texts(0))
+    assert [bool(row.any()) for row in found] == [True, False, False, True]
+    assert np.isfinite(found).all()
+
+
+def test_text_rows_that_do_not_fit_are_refused(tmp_path):
+    _clip_retrieval(tmp_path / "laion", [_rows(5), _rows(5)], 1)
+    texts = tmp_path / "laion" / "text_emb"
+    np.save(texts / "text_emb_1.npy", _rows(4).astype(np.float16))
+    with pytest.raises(DataError, match=r"text rows \(4, 8\) beside image rows \(5, 8\)"):
+        imports.run(ImportSettings(folder=str(tmp_path / "laion"), out=str(tmp_path / "a"), **MODEL))
+    (texts / "text_emb_1.npy").unlink()
+    with pytest.raises(DataError, match="lacks text rows, the first file has them"):
+        imports.run(ImportSettings(folder=str(tmp_path / "laion"), out=str(tmp_path / "b"), **MODEL))
+
+
+def test_datacomp_without_text_rows_says_so(tmp_path):
+    (tmp_path / "dc").mkdir()
+    np.savez(tmp_path / "dc" / "shard.npz", b32_img=_rows(5, 4).astype(np.float16))
+    pq.write_table(pa.table({"uid": [f"{i:032x}" for i in range(5)]}), tmp_path / "dc" / "shard.parquet")
+    words = {"folder": str(tmp_path / "dc"), "out": str(tmp_path / "emb"), "embedding_column": "b32", **MODEL}
+    imports.run(ImportSettings(**words))
+    pool = EmbeddingSet.open(str(tmp_path / "emb"))
+    assert (pool.dim, pool.manifest["text"]) == (4, False)
+    assert not (tmp_path / "emb" / "text_emb").exists()
+
+
+def test_rows_of_a_named_encoder_meet_rows_that_it_embedded(tmp_path):
+    """LAION's rows came from clip-retrieval's ViT-B/32; a user embeds a test set with open_clip's name for it."""
+    _clip_retrieval(tmp_path / "laion", [_rows(5)], 1)
+    words = {"folder": str(tmp_path / "laion"), "out": str(tmp_path / "emb")}
+    imports.run(ImportSettings(**words, model="ViT-B/32", pretrained=""))
+    ours = EmbeddingSet.open(str(tmp_path / "emb")).encoder
+    embedded = {
+        "model": "ViT-B-32-quickgelu", "pretrained": "openai", "weights_sha256": "c0ffee", "quick_gelu": True,
+        "preprocess": {"size": 224}, "crop_border": 0, "dim": 8,
+    }  # fmt: skip
+    check_same_encoder(ours, embedded, ("the pool", "the test"))
+    check_same_encoder(embedded, ours, ("the test", "the pool"))
+    for field, value in (("model", "ViT-B-32"), ("pretrained", "laion400m_e32"), ("dim", 16)):
+        with pytest.raises(IndexMismatchError, match=f"{field} is "):
+            check_same_encoder(ours, {**embedded, field: value}, ("the pool", "the test"))
 
 
 def test_a_folder_without_embeddings_says_what_was_expected(tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from clipgap_ray import cli
 from clipgap_ray.config.embed import PlanSettings
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import ConfigError, DataError
@@ -34,7 +36,7 @@ def test_rows_and_bytes_are_those_of_the_job(
     written = sum(path.stat().st_size for path in files)
     assert predicted["output_bytes"] == pytest.approx(written - overhead, rel=0.35)
     assert predicted["shards"] == 11
-    for word in ("11 shards", "GB of images", "images/s", "of the 2 cores" if predicted["cores"] == 2 else "cores"):
+    for word in ("11 shards", "GB of images", "images/s", "cores of this machine"):
         assert word in caplog.text
 
 
@@ -76,6 +78,14 @@ def test_several_encoders_cost_their_sum_on_disk(tiny_world: made.World, tmp_pat
     assert two["output_bytes"] == pytest.approx(2 * one["output_bytes"], rel=1e-3)  # type: ignore[operator]
     assert two["rows"] == one["rows"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_prints_it_and_exits_with_0(tiny_world: made.World, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tiny_world.path("pool", "00000.tar")
+    assert cli.main(["plan", source, "--model", "projection", "--device", "cpu", "--probe-rows", "20"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["shards"] == 1
+    assert 20 <= printed["probed_rows"] <= 64
 
 
 def test_what_embed_would_refuse_is_refused(tiny_world: made.World, tmp_path: Path) -> None:
