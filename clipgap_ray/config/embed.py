@@ -37,7 +37,7 @@ class EmbedSettings(Settings):
     """Embed captions too; `--no-text` leaves them out."""
     decode: Decode = "exact"
     """exact: open_clip's pixels, bit by bit. fast: large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size and resized
-    by other code; rows differ by a cosine of about 0.001 (benchmarks/embed.md), perceptual hashes by a few bits."""
+    by other code; cosines to the exact rows are 0.998 to 1, 0.98 at worst (benchmarks/embed.md), hashes change too."""
     crop_border: int = 0
     """Pixels to cut from every side first (ObjectNet's red border: 2)."""
     batch_size: pydantic.PositiveInt = 128
