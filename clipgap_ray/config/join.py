@@ -55,8 +55,11 @@ class DropJoinSettings(Settings):
     def _with_pool(self) -> Self:
         if (self.attributes or self.pool_attributes) and not self.pool:
             raise ConfigError("--attributes and --pool-attributes are about neighbours in --pool, which is missing")
-        if self.pool_attributes and not self.attributes:
-            raise ConfigError("--pool-attributes needs --attributes of the test photos", hint="clipgap attributes TEST")
+        if bool(self.pool_attributes) != bool(self.attributes):
+            raise ConfigError(
+                "--attributes (of the test photos) and --pool-attributes belong together: backgrounds are compared",
+                hint="make both with `clipgap attributes`",
+            )
         return self
 
     @pydantic.model_validator(mode="after")

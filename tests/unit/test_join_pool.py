@@ -89,7 +89,7 @@ def run(folder: Path, out: Path, **more) -> dict:
     words = {"predictions": (str(folder / "clip.parquet"),), "scores": (str(folder / "q.parquet"),), "test": "animals",
              "out": str(out), "draws": 20, "pool": str(folder / "pool"), "neighbours": 3, "far": 0.65,
              "attributes": str(folder / "photos.parquet"), "pool_attributes": str(folder / "labels")}  # fmt: skip
-    join.run(DropJoinSettings(**{**words, **more})).check()
+    join.run(DropJoinSettings.load({**words, **more}, "join")).check()
     return json.loads((out / "join.json").read_text())
 
 
@@ -166,6 +166,8 @@ def test_bad_input_names_what_is_missing(world, undrawn, tmp_path) -> None:
         DropJoinSettings.load(
             {"predictions": ("p",), "scores": ("s",), "test": "t", "out": "o", "attributes": "a"}, "join"
         )
+    with pytest.raises(ConfigError, match="belong together"):
+        run(world, tmp_path, pool_attributes="")
     other = made.write_embeddings(str(tmp_path / "other"), [made.unit_rows(3, 8, 9)], [["0" * 31 + c for c in "abc"]])
     with pytest.raises(DataError, match=r"labels .*pool, not"):
         run(world, tmp_path, pool=other.uri)
