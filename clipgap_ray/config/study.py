@@ -143,6 +143,8 @@ class StudyFile(Settings):
     """Splits by name; `kind` and the settings of `clipgap split <kind>`."""
     runs: tuple[RunSection, ...]
     """Models to train."""
+    probe_shots: tuple[pydantic.PositiveInt, ...] = ()
+    """Images per class of the reference for few-shot probes of every CLIP (1 2 4 8 16); none: no probes."""
     index_shards: pydantic.PositiveInt = 2
     """FAISS index shards to build over the pool for `clipgap serve`."""
     assert_effects: bool = False

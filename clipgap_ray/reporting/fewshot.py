@@ -1,6 +1,6 @@
 """Few-shot and linear-probe curves, pruned against full: accuracy over labelled images per class.
 
-Reads eval/<run>/<test>.fewshot.parquet with the columns `k` (images per class; 0 = all of the reference), `seed` (of
+Reads probes/<run>/<test>.fewshot.parquet with the columns `k` (images per class; 0 = all of the reference), `seed` (of
 the draw of shots), `acc1` (fraction) and `num_samples` (test images). Nothing is shown where no run has one.
 """
 
@@ -34,7 +34,7 @@ def curves(study: Study) -> list[Record]:
     records = []
     for test in study.tests:
         for arm in tables.arms(study):
-            rows = [row for run in arm.runs for row in _rows(study.path("eval", run.name, f"{test}.fewshot.parquet"))]
+            rows = [row for run in arm.runs for row in _rows(study.path("probes", run.name, f"{test}.fewshot.parquet"))]
             for k in sorted({row["k"] for row in rows}, key=lambda k: (k == 0, k)):
                 own = [row for row in rows if row["k"] == k]
                 spread = intervals.over_seeds(np.array([row["acc1"] for row in own]))

@@ -1,7 +1,7 @@
 """Evaluation on frozen features: linear and few-shot probes, and retrieval between images and captions.
 
 One Ray task per test set, as in `evaluate`. Writes OUT/<test>.json and, for probes, OUT/<test>.parquet with every
-prediction; a probe on k images per class is the result <test>-<k>shot.
+prediction; a probe on k images per class is the result <test>-<k>shot, and the curve is OUT/<test>.fewshot.parquet.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 
 from clipgap_ray import rundir, schema, store, testsets
@@ -25,6 +26,7 @@ from clipgap_ray.stages.evaluate_sets import Question
 from clipgap_ray.stages.session import Progress, bounded, connect, resolve_device
 
 RANKS = (1, 5, 10)
+CURVE = pa.schema([("k", pa.int32()), ("seed", pa.int64()), ("acc1", pa.float64()), ("num_samples", pa.int64())])
 
 
 def run(settings: EvaluateSettings) -> rundir.Summary:
@@ -100,6 +102,7 @@ def _evaluate(
     classes = len(question.test_set.class_names)
     files: dict[str, str] = {}
     metrics: dict[str, float] = {}
+    curve: list[dict[str, Any]] = []
     for k in settings.shots or (0,):
         chosen = order[np.isin(order, probe.shots(train_labels, order, k))] if k else order
         fitted = probe.fit(train_features[chosen], train_labels[chosen], classes)
@@ -108,7 +111,16 @@ def _evaluate(
         said = {"train": train.uri, "train_samples": len(chosen), "shots": k or None, "strength": fitted.strength}
         files[name] = write_result(uri, question, name, built, rows, labels, predictions, dropped, said, PROBE)
         metrics[name] = zero_shot.accuracy(labels, predictions)["acc1"]
+        curve.append({"k": k, "seed": settings.seed, "acc1": metrics[name], "num_samples": len(rows)})
+    files["fewshot"] = _write_curve(uri, question.name, curve)
     return _record(question, rows, dropped, files, metrics)
+
+
+def _write_curve(uri: str, name: str, curve: list[dict[str, Any]]) -> str:
+    """Write accuracy over shots as the report reads it; returns its sha256. k = 0 is all training images."""
+    data = store.table_bytes(pa.Table.from_pylist(curve, schema=CURVE))
+    store.write_bytes(store.join(uri, f"{name}.fewshot.parquet"), data)
+    return store.sha256(data)
 
 
 def _record(

@@ -5,6 +5,7 @@
     STUDY/embed      pool, reference, test sets    STUDY/eval     one directory per model
     STUDY/dedup      keep table                    STUDY/index    sharded FAISS index of the pool
     STUDY/scores     score tables                  STUDY/report   index.html
+    STUDY/probes     one directory per CLIP, if few-shot probes are asked for
 
 Running again skips what is done. The metric encoder is the first run's model (in the paper, too, the similarity
 model was trained on the pool), unless the study names another.
@@ -16,7 +17,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from clipgap_ray import __version__, rundir, store, world
+from clipgap_ray import __version__, rundir, store, testsets, world
 from clipgap_ray.config.base import read_yaml
 from clipgap_ray.config.dedup import DedupSettings
 from clipgap_ray.config.embed import EmbedSettings
@@ -58,6 +59,7 @@ def run(settings: RunSettings) -> rundir.Summary:
     splits = _score_and_split(file, out, data)
     _train_all(file, out, data, settings.device)
     _evaluate_all(file, out, data, settings.device)
+    _probe_all(file, out, data, settings.device)
     store.write_json(f"{out}/study.json", _description(file, data, metric))
     found = findings.run(out, file.assert_effects)
     _step("report")
@@ -191,6 +193,32 @@ def _evaluate_all(file: StudyFile, out: str, data: Data, device: str) -> None:
                     test=tests,
                     out=f"{out}/eval/{name}",
                     crop=tuple(f"{test}={pixels}" for test, pixels in data.crop.items()),
+                    device=device,  # type: ignore[arg-type]
+                )
+            )
+
+
+def _probe_all(file: StudyFile, out: str, data: Data, device: str) -> None:
+    """Few-shot probes on frozen features, the shots drawn from the reference by the run's seed."""
+    if not file.probe_shots:
+        return
+    classes = testsets.open_test_set(data.reference).class_names
+    tests = {name: uri for name, uri in data.tests.items() if testsets.open_test_set(uri).class_names == classes}
+    for seed in file.seeds:
+        for run in (run for run in file.runs if run.objective == "clip"):
+            name = f"{run.name}-s{seed}"
+            _step(f"probe {name}")
+            evaluate.run(
+                EvaluateSettings(
+                    model=file.train.model,
+                    pretrained=f"{out}/runs/{name}",
+                    task="linear-probe",
+                    shots=file.probe_shots,
+                    seed=seed,
+                    test=tuple(f"{test}={uri}" for test, uri in tests.items()),
+                    train=tuple(f"{test}={data.reference}" for test in tests),
+                    out=f"{out}/probes/{name}",
+                    crop=tuple(f"{test}={pixels}" for test, pixels in data.crop.items() if test in tests),
                     device=device,  # type: ignore[arg-type]
                 )
             )

@@ -46,6 +46,9 @@ def test_probes_on_all_images_and_on_few(tmp_path: Path) -> None:
     assert result["strength"] in probe.STRENGTHS
     record = run(tmp_path / "few", uri, task="linear-probe", shots=(1, 2))
     assert record["options"] == {"shots": [1, 2], "train": ""}
+    curve = store.read_table(str(tmp_path / "few" / "a.fewshot.parquet")).to_pylist()
+    assert [(row["k"], row["num_samples"]) for row in curve] == [(1, record["kept"]), (2, record["kept"])]
+    assert {f"a-{row['k']}shot": row["acc1"] for row in curve} == record["metrics"]
     for k in (1, 2):
         found = store.read_json(str(tmp_path / "few" / f"a-{k}shot.json"))
         assert (found["train_samples"], found["shots"]) == (2 * k, k)

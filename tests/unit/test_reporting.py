@@ -269,7 +269,7 @@ def test_few_shot_curves_are_means_over_draws_with_their_spread(built, tmp_path)
     rows = {"k": [1, 1, 0, 4], "seed": [0, 1, 0, 0], "acc1": [0.2, 0.4, 0.75, 0.5], "num_samples": [80] * 4}
     for run, lift in (("full-s0", 0.0), ("gap-sketch-s0", -0.1)):
         table = pa.table({**rows, "acc1": [a + lift for a in rows["acc1"]]})
-        store.write_table(str(root / "eval" / run / "sketch.fewshot.parquet"), table)
+        store.write_table(str(root / "probes" / run / "sketch.fewshot.parquet"), table)
     records = fewshot.curves(Study.open(str(root)))
     assert [r["k"] for r in records] == [1, 4, 0, 1, 4, 0]
     first = records[0]
@@ -282,11 +282,11 @@ def test_few_shot_curves_are_means_over_draws_with_their_spread(built, tmp_path)
     assert "75.0 %" in text
     assert "−10.0 points" in text
     fewshot.draw(records, theme.LIGHT)
-    store.write_table(str(root / "eval" / "full-s0" / "val.fewshot.parquet"), pa.table({"k": [1], "acc1": [20.0]}))
+    store.write_table(str(root / "probes" / "full-s0" / "val.fewshot.parquet"), pa.table({"k": [1], "acc1": [20.0]}))
     with pytest.raises(DataError, match="lacks the columns"):
         fewshot.curves(Study.open(str(root)))
     bad = pa.table({"k": [1], "seed": [0], "acc1": [20.0], "num_samples": [80]})
-    store.write_table(str(root / "eval" / "full-s0" / "val.fewshot.parquet"), bad)
+    store.write_table(str(root / "probes" / "full-s0" / "val.fewshot.parquet"), bad)
     with pytest.raises(DataError, match="no fraction"):
         fewshot.curves(Study.open(str(root)))
 
