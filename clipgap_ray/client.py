@@ -210,15 +210,17 @@ class Client:
         k: int = 10,
         index: str | None = None,
         collapse: float | None = None,
+        filter: Sequence[dict[str, Any]] | None = None,
     ) -> SearchResult:
         """Return the k nearest rows of one query, or of each of `queries` (dicts with text, vector, uid or image).
 
-        `collapse` leaves out a neighbour that is at least so alike to a nearer one.
+        `collapse` leaves out a neighbour that is at least so alike to a nearer one; `filter` is conditions that all
+        neighbours fulfil, as in /docs: `[{"column": "width", "at_least": 512}, {"split": "gap-sketch"}]`.
 
         Raises:
             ClipgapError: With the server's message.
         """
-        body = _search_body(text, image, vector, uid, queries, k=k, index=index, collapse=collapse)
+        body = _search_body(text, image, vector, uid, queries, k=k, index=index, collapse=collapse, filter=filter)
         return _read_search(self._call("POST", "/v1/search", body))
 
     def similarity(
@@ -301,9 +303,10 @@ class AsyncClient:
         k: int = 10,
         index: str | None = None,
         collapse: float | None = None,
+        filter: Sequence[dict[str, Any]] | None = None,
     ) -> SearchResult:
         """See `Client.search`."""
-        body = _search_body(text, image, vector, uid, queries, k=k, index=index, collapse=collapse)
+        body = _search_body(text, image, vector, uid, queries, k=k, index=index, collapse=collapse, filter=filter)
         return _read_search(await self._call("POST", "/v1/search", body))
 
     async def similarity(

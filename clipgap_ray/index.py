@@ -133,13 +133,16 @@ class IndexShard:
         hidden = np.isin(self.row_ids, self._excluded) if len(self._excluded) else np.zeros(0, bool)
         self._keep = ~hidden if hidden.any() else None
 
-    def search(self, queries: np.ndarray, k: int, nprobe: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, queries: np.ndarray, k: int, nprobe: int | None = None, keep: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Search this shard.
 
         Args:
             queries: (nq, d) finite rows, unit norm if similarities are to be cosines.
             k: Neighbours, k >= 1.
             nprobe: Instead of the shard's own.
+            keep: (n,) bool over positions: only these rows are looked at; None: all.
 
         Returns:
             (nq, k) float32 similarities and (nq, k) int64 row ids, as the module says.
@@ -151,7 +154,9 @@ class IndexShard:
         queries = check_queries(queries, self.dim)
         probe = self.nprobe if nprobe is None else nprobe
         row_ids = self.row_ids  # first: it brings `_keep` up to date
-        return faiss_index.search(self.index, row_ids, queries, k, probe, self._keep)
+        if keep is not None and self._keep is not None:
+            keep = keep & self._keep
+        return faiss_index.search(self.index, row_ids, queries, k, probe, self._keep if keep is None else keep)
 
     def save(self, uri: str) -> dict[str, Any]:
         """Write the shard's folder, whole or not at all, over an older state of it.

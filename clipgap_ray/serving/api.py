@@ -23,6 +23,7 @@ from clipgap_ray import __version__
 from clipgap_ray.errors import ClipgapError
 from clipgap_ray.serving import clip_retrieval
 from clipgap_ray.serving.backend import Backend
+from clipgap_ray.serving.filters import read_filter
 from clipgap_ray.serving.guard import Guard, Meters
 from clipgap_ray.serving.inputs import read_search, read_zero_shot
 from clipgap_ray.serving.messages import (
@@ -83,7 +84,9 @@ def _add_v1(app: FastAPI, backend: Backend, limits: Limits, meters: Meters) -> N
     async def search(body: Annotated[tuple[Any, list[bytes]], Depends(_parse_search)]) -> SearchResponse:
         """Nearest rows of a text, an image, a vector or a sample of the index; or of a batch of them."""
         request, uploads = body
-        found = await backend.search(request.index, read_search(request, limits, uploads), request.k, request.collapse)
+        within = read_filter(request.filter, [split.name for split in await backend.splits()] if request.filter else [])
+        queries = read_search(request, limits, uploads)
+        found = await backend.search(request.index, queries, request.k, request.collapse, within)
         if found.answer.degraded:
             meters.degraded.inc()
         return SearchResponse(

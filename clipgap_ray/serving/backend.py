@@ -18,10 +18,12 @@ import numpy as np
 from clipgap_ray.embeddings import check_same_encoder
 from clipgap_ray.encoder import Encoder, ImageError, Preprocess
 from clipgap_ray.index import Answer, LocalIndex
+from clipgap_ray.kernels.topk import merge_topk
 from clipgap_ray.kernels.vectors import normalise
 from clipgap_ray.kernels.zero_shot import class_weights
 from clipgap_ray.serving import results
 from clipgap_ray.serving.coverage import Coverage
+from clipgap_ray.serving.filters import Filter, FilteredShard
 from clipgap_ray.serving.inputs import Query
 from clipgap_ray.serving.messages import (
     ApiError,
@@ -58,7 +60,9 @@ class Covered:
 class Backend(Protocol):
     """What `api.make_api` needs."""
 
-    async def search(self, index: str | None, queries: list[Query], k: int, collapse: float | None = None) -> Found:
+    async def search(
+        self, index: str | None, queries: list[Query], k: int, collapse: float | None = None, within: Filter = ()
+    ) -> Found:
         """Return the k nearest rows of every query; ApiError for an unknown index or uid, or a wrong dimension."""
         ...
 
@@ -113,8 +117,8 @@ class Searcher(Protocol):
     info: IndexInfo
     metadata: Metadata
 
-    async def answer(self, queries: np.ndarray, k: int) -> Answer:
-        """Search (nq, d) unit rows."""
+    async def answer(self, queries: np.ndarray, k: int, within: Filter = ()) -> Answer:
+        """Search (nq, d) unit rows among the rows that fulfil a filter."""
         ...
 
     async def shards_ok(self) -> int:
@@ -143,16 +147,20 @@ class LocalEncoder:
 class LocalSearcher:
     """An index of this process."""
 
-    def __init__(self, info: IndexInfo, index: LocalIndex, metadata: Metadata) -> None:
+    def __init__(
+        self, info: IndexInfo, index: LocalIndex, metadata: Metadata, splits: Mapping[str, np.ndarray] | None = None
+    ) -> None:
         self.info, self.index, self.metadata = info, index, metadata
+        self.shards = [FilteredShard(shard, metadata.rows, splits or {}) for shard in index.shards]
 
-    async def answer(self, queries: np.ndarray, k: int) -> Answer:
+    async def answer(self, queries: np.ndarray, k: int, within: Filter = ()) -> Answer:
         """Search (nq, d) unit rows in a thread."""
-        return await asyncio.to_thread(self.index.answer, queries, k)
+        found = await asyncio.to_thread(lambda: [shard.search(queries, k, within) for shard in self.shards])
+        return Answer(*merge_topk(found, k), len(self.shards), len(self.shards))
 
     async def shards_ok(self) -> int:
         """Return the number of shards: they live as long as this process."""
-        return len(self.index.shards)
+        return len(self.shards)
 
 
 def index_info(name: str, manifest: Mapping[str, Any]) -> IndexInfo:
@@ -193,7 +201,9 @@ class IndexBackend:
         self.preprocess = preprocess
         self._class_sets: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], np.ndarray] = OrderedDict()
 
-    async def search(self, index: str | None, queries: list[Query], k: int, collapse: float | None = None) -> Found:
+    async def search(
+        self, index: str | None, queries: list[Query], k: int, collapse: float | None = None, within: Filter = ()
+    ) -> Found:
         """Return the k nearest rows of every query.
 
         Args:
@@ -201,13 +211,14 @@ class IndexBackend:
             queries: What to look for.
             k: Neighbours per query.
             collapse: Leave out a neighbour at least so alike to a nearer one.
+            within: Conditions that every neighbour fulfils.
 
         Raises:
             ApiError: 404 for an unknown index or uid, 400 for a broken image or a vector of another dimension,
                 503 when no shard answers.
         """
         searcher = self._searcher(index)
-        return await self._nearest(searcher, await self._encode(searcher, queries), k, collapse)
+        return await self._nearest(searcher, await self._encode(searcher, queries), k, collapse, within)
 
     async def describe(self, index: str | None, row_ids: list[int]) -> list[dict[str, Any]]:
         """Return the metadata of rows, {} for an unknown or hidden one.
@@ -218,11 +229,13 @@ class IndexBackend:
         metadata = self._searcher(index).metadata
         return await asyncio.to_thread(metadata.lookup, np.array(row_ids, np.int64))
 
-    async def _nearest(self, searcher: Searcher, rows: np.ndarray, k: int, collapse: float | None = None) -> Found:
+    async def _nearest(
+        self, searcher: Searcher, rows: np.ndarray, k: int, collapse: float | None = None, within: Filter = ()
+    ) -> Found:
         """Search and describe; what is hidden or collapsed is replaced by what comes after it."""
         wanted = k
         while True:
-            answer = await searcher.answer(rows, wanted)
+            answer = await searcher.answer(rows, wanted, within)
             if not answer.shards_ok:
                 raise ApiError(
                     503, "no_shard", f"none of {answer.shards} index shards answered", "try again in seconds"
@@ -355,5 +368,6 @@ class LocalBackend(IndexBackend):
         check_same_encoder(index.manifest["encoder"], encoder.fingerprint, (f"index {name}", "the service's encoder"))
         if coverage is not None:
             coverage.check(encoder.fingerprint)
-        searcher = LocalSearcher(index_info(name, index.manifest), index, metadata)
+        splits = coverage.uids() if coverage is not None else {}
+        searcher = LocalSearcher(index_info(name, index.manifest), index, metadata, splits)
         super().__init__({name: searcher}, LocalEncoder(encoder), encoder.preprocess, coverage)

@@ -104,6 +104,10 @@ class Coverage:
             for at in range(len(uids))
         ]
 
+    def uids(self) -> dict[str, np.ndarray]:
+        """Return the sorted uids of every split by its name, memory-mapped when local."""
+        return {split.recipe["name"]: split.uids for split in self.splits}
+
     def sets(self) -> list[SetInfo]:
         """Return the test sets with the histograms of their nearest similarities."""
         return [_histograms(test) for test in self.tests]
@@ -150,8 +154,13 @@ def _histograms(test: SetRows) -> SetInfo:
     )
 
 
+def recipe_uri(split: str) -> str:
+    """Return where the recipe of a split NAME.npy lies."""
+    return split.removesuffix(".npy") + ".recipe.json"
+
+
 def _open_split(uri: str, pool: str) -> Split:
-    recipe = store.read_json(uri.removesuffix(".npy") + ".recipe.json")
+    recipe = store.read_json(recipe_uri(uri))
     if recipe["inputs"]["pool"]["digest"] != pool:
         raise ConfigError(
             f"split {uri} was cut from another pool than the scores", hint="give splits of this score run"

@@ -25,9 +25,9 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from clipgap_ray import rundir, schema
+from clipgap_ray import rundir, schema, store
 from clipgap_ray.config.serve import TOKEN_VARIABLE, ServeSettings
-from clipgap_ray.embeddings import check_same_encoder
+from clipgap_ray.embeddings import EmbeddingSet, check_same_encoder
 from clipgap_ray.encoder import EncoderSettings, check
 from clipgap_ray.errors import ConfigError
 from clipgap_ray.hidden import read_hidden
@@ -35,7 +35,8 @@ from clipgap_ray.index import Answer, open_shard
 from clipgap_ray.kernels.topk import merge_topk
 from clipgap_ray.serving.api import make_api
 from clipgap_ray.serving.backend import IndexBackend, index_info
-from clipgap_ray.serving.coverage import Coverage
+from clipgap_ray.serving.coverage import Coverage, recipe_uri
+from clipgap_ray.serving.filters import Filter, FilteredShard
 from clipgap_ray.serving.guard import token_sha256
 from clipgap_ray.serving.messages import ApiError, IndexInfo, Limits
 from clipgap_ray.serving.metadata import Metadata
@@ -49,11 +50,12 @@ Neighbours = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class ShardQuery:
-    """One caller's question to a shard: the index version it expects, (nq, d) unit rows, k."""
+    """One caller's question to a shard: the index version it expects, (nq, d) unit rows, k, conditions on the rows."""
 
     version: str
     queries: np.ndarray
     k: int
+    within: Filter = ()
 
 
 @serve.deployment(
@@ -65,12 +67,15 @@ class ShardQuery:
 class IndexShardDeployment:
     """One index shard; the constructor loads it, so a replica without it gets no traffic."""
 
-    def __init__(self, uri: str, number: int, version: str) -> None:
+    def __init__(self, uri: str, number: int, version: str, splits: Mapping[str, str]) -> None:
         manifest = rundir.read_manifest(uri, "index")
         if manifest["index_version"] != version:
             raise ConfigError(f"index shard {number}: {uri} is version {manifest['index_version']}, not {version}")
         self.version = version
-        self.shard = open_shard(uri, number, manifest)
+        own = {name: store.read_array(path) for name, path in splits.items()}
+        self.shard = FilteredShard(
+            open_shard(uri, number, manifest), EmbeddingSet.open(manifest["embeddings"]["uri"]), own
+        )
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.0)
     async def search(self, calls: list[ShardQuery]) -> list[Neighbours | None]:
@@ -79,20 +84,26 @@ class IndexShardDeployment:
         Returns:
             (nq_i, k_i) similarities and row ids of each caller; None where another version was expected.
         """
-        rows = np.concatenate([call.queries for call in calls])
-        similarities, row_ids = await asyncio.to_thread(self.shard.search, rows, max(call.k for call in calls))
-        answers: list[Neighbours | None] = []
-        start = 0
-        for call in calls:
-            own = slice(start, start + len(call.queries))
-            answer = similarities[own, : call.k], row_ids[own, : call.k]
-            answers.append(answer if call.version == self.version else None)
-            start = own.stop
+        answers: list[Neighbours | None] = [None] * len(calls)
+        asked = [at for at, call in enumerate(calls) if call.version == self.version]
+        for within in dict.fromkeys(calls[at].within for at in asked):
+            together = [at for at in asked if calls[at].within == within]
+            found = await asyncio.to_thread(self._search, [calls[at] for at in together], within)
+            for at, answer in zip(together, found, strict=True):
+                answers[at] = answer
         return answers
+
+    def _search(self, calls: list[ShardQuery], within: Filter) -> list[Neighbours]:
+        """One FAISS search for callers with the same conditions."""
+        rows = np.concatenate([call.queries for call in calls])
+        similarities, row_ids = self.shard.search(rows, max(call.k for call in calls), within)
+        cuts = np.cumsum([len(call.queries) for call in calls])[:-1]
+        pairs = zip(calls, np.split(similarities, cuts), np.split(row_ids, cuts), strict=True)
+        return [(near[:, : call.k], ids[:, : call.k]) for call, near, ids in pairs]
 
     async def describe(self) -> dict[str, Any]:
         """Return the version and the process id, for readiness and diagnosis."""
-        return {"version": self.version, "pid": os.getpid(), "rows": self.shard.num_rows}
+        return {"version": self.version, "pid": os.getpid(), "rows": self.shard.shard.num_rows}
 
 
 @serve.deployment(
@@ -151,9 +162,9 @@ class RemoteSearcher:
     def __init__(self, info: IndexInfo, handles: list[DeploymentHandle], metadata: Metadata, timeout_s: float) -> None:
         self.info, self.handles, self.metadata, self.timeout_s = info, handles, metadata, timeout_s
 
-    async def answer(self, queries: np.ndarray, k: int) -> Answer:
+    async def answer(self, queries: np.ndarray, k: int, within: Filter = ()) -> Answer:
         """Search (nq, d) unit rows; shards that are lost, late or of another version are left out and counted."""
-        calls = [handle.search.remote(ShardQuery(self.info.version, queries, k)) for handle in self.handles]
+        calls = [handle.search.remote(ShardQuery(self.info.version, queries, k, within)) for handle in self.handles]
         answers = await asyncio.gather(*(_within(call, self.timeout_s) for call in calls))
         parts: list[Neighbours] = [part for part in answers if part is not None]
         nothing = np.full((len(queries), 1), -np.inf, np.float32), np.full((len(queries), 1), -1, np.int64)
@@ -248,12 +259,15 @@ def build_app(args: ServeSettings | Mapping[str, Any]) -> serve.Application:
     encoder = encoder_settings(settings, next(iter(manifests.values())))
     fingerprint = encoder.build().fingerprint
     shards: dict[str, list[Any]] = {}
+    split_files = {store.read_json(recipe_uri(uri))["name"]: uri for uri in settings.splits}
     for name, manifest in manifests.items():
         check_same_encoder(manifest["encoder"], fingerprint, (f"index {name}", "the service's --model"))
         Metadata(manifest["embeddings"]["uri"])
         deployment = IndexShardDeployment.options(num_replicas=settings.replicas)  # type: ignore[attr-defined]
         shards[name] = [
-            deployment.options(name=f"{name}-shard-{number}").bind(indexes[name], number, manifest["index_version"])
+            deployment.options(name=f"{name}-shard-{number}").bind(
+                indexes[name], number, manifest["index_version"], split_files
+            )
             for number in range(manifest["num_shards"])
         ]
     limits = Limits(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -76,6 +77,23 @@ class QueryFields(Strict):
     """Not allowed on this server."""
 
 
+class ConditionFields(Strict):
+    """A condition on the neighbours: a column with a test, or a split."""
+
+    column: str | None = None
+    """Of the metadata: caption, width, clip_score, label, group, ..."""
+    equals: str | Finite | None = None
+    """This value."""
+    any_of: list[str | Finite] | None = pydantic.Field(default=None, min_length=1, max_length=1000)
+    """One of these values."""
+    at_least: Finite | None = None
+    """Not less than this."""
+    at_most: Finite | None = None
+    """Not more than this."""
+    split: str | None = None
+    """Kept by this split of the service."""
+
+
 class SearchRequest(QueryFields):
     """One query in the request itself, or many under `queries`."""
 
@@ -87,6 +105,13 @@ class SearchRequest(QueryFields):
     """Which index; default: the first one."""
     collapse: float | None = pydantic.Field(default=None, ge=0, le=1)
     """Leave out a neighbour that is at least so alike to a nearer one: near duplicates are shown once."""
+    filter: list[ConditionFields] = pydantic.Field(default=[], max_length=20)
+    """Only neighbours that fulfil all of these; in a form, as JSON."""
+
+    @pydantic.field_validator("filter", mode="before")
+    @classmethod
+    def _json_in_a_form(cls, value: Any) -> Any:
+        return json.loads(value) if isinstance(value, str) else value
 
 
 class ZeroShotRequest(Strict):

@@ -95,10 +95,10 @@ def test_a_click_searches_by_that_image_and_back_returns(page, tmp_path):
 
 def test_the_filter_shows_only_what_a_split_keeps(page):
     search(page, "a photo of a cat")
+    kept = "[...document.querySelectorAll('.kept')].map(p => p.textContent)"
+    assert not all("near" in text for text in page.run(kept))
     page.run("document.querySelector('#filters input[value=near]').click()")
-    kept = page.run("[...document.querySelectorAll('.kept')].map(p => p.textContent)")
-    assert 0 < len(kept) < 20
-    assert all("near" in text for text in kept)
+    page.wait(f"{kept}.length === 20 && {kept}.every(text => text.includes('near'))")
 
 
 def test_a_dropped_image_is_searched_and_classified(page, address):

@@ -202,6 +202,7 @@ def test_an_image_only_encoder_leaves_the_text_rows_out(tiny_world: made.World, 
     assert meta.column("caption").null_count < opened.num_rows == meta.column("clip_score").null_count
 
 
+@pytest.mark.slow
 def test_several_encoders_share_a_read_and_write_what_each_writes_alone(
     embedded: Embedded, tiny_world: made.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 def test_train(drive: Any, tiny_world: made.World, tmp_path: Path) -> None:
     words = {
-        "source": tiny_world.path("pool"), "model": "conv-64-test", "batch_size": 8, "workers": 2, "warmup": 2,
+        # one worker: starting two costs a minute, and two are killed in test_train_faults
+        "source": tiny_world.path("pool"), "model": "conv-64-test", "batch_size": 16, "workers": 1, "warmup": 2,
         "num_samples": 16 * 20, "checkpoint_every": 5, "samples": str(tmp_path / "samples"),
     }  # fmt: skip
     whole, cut = (TrainSettings(**words, out=str(tmp_path / name)) for name in ("whole", "cut"))

@@ -174,3 +174,20 @@ def test_impossible_scores_and_splits_are_refused(places: tuple[str, str, tuple[
         Coverage(pool)
     with pytest.raises(ConfigError, match="needs --scores"):
         ServeSettings.load({"index": ["a=b"], "splits": list(splits)}, "serve")
+
+
+def test_neighbours_name_their_splits_and_a_filter_keeps_to_one(client: TestClient) -> None:
+    query = {"vector": unit_rows(1, 7)[0].astype(float).tolist(), "k": 40}
+    everything = client.post("/v1/search", json=query).json()["results"][0]
+    kept = [row for row in everything if "near" in row["splits"]]
+    assert [row["row_id"] % 2 for row in kept] == [0] * 20
+    assert {tuple(row["splits"]) for row in everything if row["row_id"] % 2} == {()}
+    filtered = client.post("/v1/search", json={**query, "k": 20, "filter": [{"split": "near"}]}).json()["results"][0]
+    assert filtered == kept
+
+
+def test_the_histograms_hold_every_test_image(client: TestClient) -> None:
+    for info in client.get("/v1/tests").json()["tests"]:
+        assert sum(info["train"]) == info["rows"] == len(TESTS[info["name"]])
+        assert len(info["edges"]) == len(info["train"]) + 1
+        assert (info["reference"] is not None) == (info["name"] == "a")

@@ -313,7 +313,7 @@ def test_metrics_count_routes_and_degraded_answers(backend: LocalBackend, monkey
     searcher = backend.searchers["pool"]
     whole = searcher.answer
 
-    async def half(queries: np.ndarray, k: int) -> Answer:
+    async def half(queries, k, within=()) -> Answer:
         answer = await whole(queries, k)
         return Answer(answer.similarities, answer.row_ids, 1, 2)
 
@@ -330,7 +330,7 @@ def test_metrics_count_routes_and_degraded_answers(backend: LocalBackend, monkey
 
 
 def test_no_shard_at_all_is_unavailable(backend: LocalBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def nobody(queries: np.ndarray, k: int) -> Answer:
+    async def nobody(queries, k, within=()) -> Answer:
         return Answer(np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1), 0, 2)
 
     monkeypatch.setattr(backend.searchers["pool"], "answer", nobody)

@@ -109,6 +109,55 @@ def test_collapsing_leaves_one_of_each(client: TestClient, rows: list[dict]) -> 
     assert len(nothing_else) < 40
 
 
+# --- filters -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("conditions", "fulfils"),
+    [
+        ([{"column": "width", "at_least": 60}], lambda r: r["width"] >= 60),
+        ([{"column": "width", "at_most": 63}], lambda r: r["width"] <= 63),
+        ([{"column": "clip_score", "at_least": -0.05, "at_most": 0.05}],
+         lambda r: r["clip_score"] is not None and -0.05 <= r["clip_score"] <= 0.05),
+        ([{"column": "caption", "equals": "a cat"}], lambda r: r["caption"] == "a cat"),
+        ([{"column": "width", "any_of": [64, 63]}, {"column": "height", "equals": 64}],
+         lambda r: r["width"] in (64, 63) and r["height"] == 64),
+        ([{"column": "caption", "any_of": ["nobody wrote this"]}], lambda r: False),
+    ],
+)  # fmt: skip
+def test_a_filter_finds_exactly_the_rows_that_fulfil_it(
+    client: TestClient, rows: list[dict], conditions, fulfils
+) -> None:
+    for _ in range(2):  # the second time from memory
+        body = {"text": "cat", "k": 700, "filter": conditions}
+        found = client.post("/v1/search", json=body).json()["results"][0]
+        assert {row["row_id"] for row in found} == {row["row_id"] for row in rows if fulfils(row)}
+    similarities = [row["similarity"] for row in found]
+    assert similarities == sorted(similarities, reverse=True)
+
+
+def test_a_filter_in_a_form_is_json(client: TestClient) -> None:
+    form = {"text": "cat", "k": "5", "filter": '[{"column": "width", "at_least": 64}]'}
+    answer = client.post("/v1/search", files={name: (None, value) for name, value in form.items()})
+    plain = client.post("/v1/search", json={"text": "cat", "k": 5, "filter": [{"column": "width", "at_least": 64}]})
+    assert answer.json()["results"] == plain.json()["results"]
+    assert client.post("/v1/search", files={"text": (None, "a"), "filter": (None, "[{")}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        {}, {"column": "width"}, {"column": "width", "split": "near", "equals": 1}, {"column": "weight", "equals": 1},
+        {"column": "caption", "at_least": 1}, {"column": "caption", "equals": 3}, {"column": "width", "equals": "64"},
+        {"split": "unknown"}, {"column": "width", "any_of": []}, {"column": "width", "above": 3},
+    ],
+)  # fmt: skip
+def test_a_condition_that_makes_no_sense_is_refused(client: TestClient, condition: dict) -> None:
+    answer = client.post("/v1/search", json={"text": "cat", "filter": [condition]})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] in ("invalid_filter", "invalid_request")
+
+
 # --- clip-retrieval ----------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ function request(fields) {
   const all = index ? { ...fields, index } : fields;
   if (!state.query.file) return { ...all, ...(state.query.uid ? { uid: state.query.uid } : { text: state.query.text }) };
   const form = new FormData();
-  for (const [name, value] of Object.entries(all)) form.append(name, value);
+  for (const [name, value] of Object.entries(all)) form.append(name, Array.isArray(value) ? JSON.stringify(value) : value);
   form.append("file", state.query.file);
   return form;
 }
@@ -59,7 +59,7 @@ async function ask(query, remember = true) {
   showQuery();
   say("Searching…");
   try {
-    const found = await json("/v1/search", request({ k: Number($("k").value) }));
+    const found = await json("/v1/search", request({ k: Number($("k").value), filter: filter() }));
     if (asked !== state.asked) return;
     state.neighbours = found.results[0];
     showResults();
@@ -90,11 +90,9 @@ function showQuery() {
 
 // --- results -----------------------------------------------------------------------------------------------
 
-function showResults() {
-  const wanted = [...document.querySelectorAll("#filters input:checked")].map((box) => box.value);
-  const shown = state.neighbours.filter((row) => wanted.every((name) => (row.splits || []).includes(name)));
-  $("results").replaceChildren(...shown.map(card));
-}
+const filter = () => [...document.querySelectorAll("#filters input:checked")].map((box) => ({ split: box.value }));
+
+const showResults = () => $("results").replaceChildren(...state.neighbours.map(card));
 
 function card(row) {
   const item = $("result").content.cloneNode(true).firstElementChild;
@@ -199,7 +197,7 @@ async function start() {
 function checkbox(name) {
   const label = document.createElement("label");
   const box = Object.assign(document.createElement("input"), { type: "checkbox", value: name });
-  box.addEventListener("change", showResults);
+  box.addEventListener("change", () => state.query && ask(state.query, false));
   label.append(box, ` ${name}`);
   return label;
 }
