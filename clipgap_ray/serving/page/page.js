@@ -83,7 +83,7 @@ function showQuery() {
   $("query-image").hidden = !(file || uid);
   if (file) $("query-image").src = URL.createObjectURL(file);
   if (uid) show($("query-image"), thumbnail(row));
-  if (text !== undefined) $("text").value = text;
+  $("text").value = text ?? "";
   $("zero-shot").hidden = !(file || uid);
   $("classes-found").replaceChildren();
 }
