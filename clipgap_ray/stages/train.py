@@ -111,6 +111,8 @@ class Monitor:
 def _fit(settings: TrainSettings, plan: Plan, directory: rundir.RunDirectory) -> dict[str, Any]:
     """Run the workers to the end, publish checkpoint and metrics, and return the last checkpoint's state."""
     logging.getLogger("ray.train").setLevel(logging.ERROR)
+    # The controller takes one checkpoint per look at its workers: at Ray's two seconds a short run waits for that.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     monitor = Monitor.remote()  # type: ignore[attr-defined]
     loop_config = {"plan": ray.put(plan), "monitor": monitor, "checkpoint_every": settings.checkpoint_every}
     gpu = resolve_device(settings.device) == "cuda"
