@@ -24,6 +24,7 @@ class Facts(NamedTuple):
     background: str = ""
     colour: str = ""
     size: str = ""
+    obscured: bool = False
 
 
 class Picture(NamedTuple):

@@ -19,6 +19,7 @@ TRUTH_SCHEMA = pa.schema(
         ("label", pa.int32()),  # -1 off topic
         ("style", pa.string()),
         ("background", pa.string()),  # "paper" and "plain" for sketches and silhouettes, "" off topic and for digits
+        ("obscured", pa.bool_()),  # something unrelated hides most of the picture; never off topic or for digits
         ("caption", pa.string()),  # pool only, else ""
         ("caption_kind", pa.string()),  # names_class, no_class, wrong, off_topic; "" outside the pool
         ("duplicate_group", pa.int64()),  # pool row of the source, shared by its copies; -1: none
@@ -31,11 +32,14 @@ TRUTH_SCHEMA = pa.schema(
     ]
 )
 
-_BLANK: dict[str, Any] = {field.name: -1 if pa.types.is_integer(field.type) else "" for field in TRUTH_SCHEMA}
+_BLANK: dict[str, Any] = {
+    field.name: False if pa.types.is_boolean(field.type) else -1 if pa.types.is_integer(field.type) else ""
+    for field in TRUTH_SCHEMA
+}
 
 
 def truth_row(set_name: str, shard: str, key: str, row: int, facts: Facts | None, **more: Any) -> dict[str, Any]:
-    """One row of the truth table; columns not named are blank ("" or -1)."""
+    """One row of the truth table; columns not named are blank ("", -1 or false)."""
     known: dict[str, Any] = {"set": set_name, "shard": shard, "key": key, "row": row}
     if facts is not None:
         known |= {
@@ -43,6 +47,7 @@ def truth_row(set_name: str, shard: str, key: str, row: int, facts: Facts | None
             "label": facts.label,
             "style": facts.style,
             "background": facts.background,
+            "obscured": facts.obscured,
         }
     return {**_BLANK, **known, **more}
 
