@@ -33,7 +33,7 @@ from clipgap_ray.stages.embed_encode import Encode, write_part
 from clipgap_ray.stages.embed_metrics import Measured
 from clipgap_ray.stages.embed_outputs import Output
 from clipgap_ray.stages.embed_read import ReadPlan, ShardDatasource, Work, read_chunks
-from clipgap_ray.stages.session import Progress, cluster_gpus, connect, logger, physical_cpus
+from clipgap_ray.stages.session import Progress, cluster_gpus, connect, gpu_nodes, logger, physical_cpus, waiting
 
 WINDOW_SHARDS = 4096  # shards per Ray Data execution: bounds the driver's plan at 41,408 shards
 BLOCK_BYTES = 16 << 20  # small blocks: chunks reach the encoders while their shard is still being read
@@ -207,10 +207,11 @@ def _chunks(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = BLOCK_BYTES
+    context.execution_options.actor_locality_enabled = True  # a chunk goes to an encoder of its own node if one is free
     gpus = 1.0 if outputs[0].encoder.device == "cuda" else 0.0
     workers = settings.workers or (cluster_gpus() if gpus else physical_cpus())
     dataset = ray.data.read_datasource(
-        ShardDatasource(window, plan), override_num_blocks=len(window), num_cpus=READ_CPUS
+        ShardDatasource(window, plan), override_num_blocks=len(window), num_cpus=READ_CPUS, **_beside_encoders(gpus)
     ).map_batches(
         Encode,
         fn_constructor_args=([(output.encoder, output.text) for output in outputs],),
@@ -221,10 +222,28 @@ def _chunks(
         num_gpus=gpus,
     )
     try:
-        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-            yield from table.to_pylist()
+        with waiting({"CPU": ENCODE_CPUS, "GPU": gpus} if gpus else {"CPU": ENCODE_CPUS}) as came:
+            for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+                came()
+                yield from table.to_pylist()
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, ClipgapError) else error from None
+
+
+def _beside_encoders(gpus: float) -> dict[str, Any]:
+    """Where reads run: on the nodes of the GPUs first, on others when those have no core free.
+
+    As long as the encoders are busy, Ray Data holds reads back by the memory that their chunks take, and the cores
+    beside the encoders suffice; when encoders starve, more reads are started than those cores hold. On CPUs every node
+    has encoders; the same goes for a cluster whose GPUs are still to come.
+    """
+    nodes = gpu_nodes() if gpus else []
+    if not nodes:
+        return {}
+    return {
+        "label_selector": {"ray.io/node-id": f"in({','.join(nodes)})"},
+        "fallback_strategy": [{"label_selector": {}}],
+    }
 
 
 __all__ = ["Encode", "ReadPlan", "Work", "read_chunks", "run", "selected_shards", "write_part"]

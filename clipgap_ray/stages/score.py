@@ -250,14 +250,15 @@ def _score_groups(
     device = resolve_device(settings.device)
     left = EmbeddingSet(pool.uri, pool.manifest, parts)
     groups = list(left.groups(settings.group_bytes or _group_bytes(left, len(tests.queries.rows), settings.k, device)))
-    task = ray.remote(num_cpus=1, num_gpus=1 if device == "cuda" else 0)(_score_group)
+    gpus = 1.0 if device == "cuda" else 0.0
+    task = ray.remote(num_cpus=1, num_gpus=gpus)(_score_group)
     shared = ray.put(Shared(settings.out, left, tests.names, tests.queries, settings.k, settings.violations, device))
 
     def submit(group: list[Part]) -> Any:
         masks = {part.number: keep[part.number] for part in group} if keep is not None else None
         return task.remote(shared, group, {str(part.number): inputs[part.number] for part in group}, masks)
 
-    yield from bounded(submit, groups)
+    yield from bounded(submit, groups, needs={"CPU": 1.0, "GPU": gpus})
 
 
 def _group_bytes(pool: EmbeddingSet, num_queries: int, k: int, device: str) -> int:

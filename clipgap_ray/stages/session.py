@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ R = TypeVar("R")
 
 LOCAL_CPUS = 4  # logical: Ray does not pin cores, and stages ask for fractions, so two cores are enough
 LOG_EVERY_S = 10.0
+SAY_SHORTAGE_S = 30.0
 START_ATTEMPTS = 3
 SMALL_ROWS = 500_000  # below, starting Ray takes longer than light work on the rows
 MOST_TASKS = 4096  # in flight, where the autoscaler knows no limit
@@ -133,30 +135,91 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def bounded(submit: Callable[[T], Any], items: Iterable[T], limit: int = 0) -> Iterator[Any]:
+def gpu_nodes() -> list[str]:
+    """Return the ids of the living nodes that have a GPU."""
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) > 0]
+
+
+def shortage(needs: dict[str, float]) -> str:
+    """Say what keeps one worker from starting.
+
+    Args:
+        needs: Amounts by resource ("CPU", "GPU") that one worker asks of one node.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    free = ray.available_resources()
+    said = []
+    for resource, amount in needs.items():
+        most = max((node.get(resource, 0.0) for node in nodes), default=0.0)
+        if most < amount:
+            there = f"no node has {amount:g} {resource}" + (f", the largest has {most:g}" if most else "")
+            coming = launchable(resource) >= amount
+            said.append(
+                f"{there}; " + ("the autoscaler may launch one" if coming else "add such a node to the cluster")
+            )
+        elif free.get(resource, 0.0) < amount:
+            said.append(f"all {resource} of the cluster is in use")
+    if not said and not any(all(node.get(name, 0.0) >= amount for name, amount in needs.items()) for node in nodes):
+        said.append("no node has " + " and ".join(f"{amount:g} {name}" for name, amount in needs.items()) + " together")
+    return "; ".join(said) or "resources are there, workers are starting or at work"
+
+
+@contextlib.contextmanager
+def waiting(needs: dict[str, float]) -> Iterator[Callable[[], None]]:
+    """Say every half minute which resource is missing; never give up, since an autoscaled cluster may still bring it.
+
+    Args:
+        needs: As in `shortage`.
+
+    Yields:
+        What to call at the first result: from then on nothing is said.
+    """
+    came = threading.Event()
+
+    def watch() -> None:
+        started = time.monotonic()
+        while not came.wait(SAY_SHORTAGE_S):
+            logger.info("nothing yet after %.0f s: %s", time.monotonic() - started, shortage(needs))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield came.set
+    finally:
+        came.set()
+        watcher.join()
+
+
+def bounded(
+    submit: Callable[[T], Any], items: Iterable[T], limit: int = 0, needs: dict[str, float] | None = None
+) -> Iterator[Any]:
     """Yield the results of Ray tasks as they finish, with a bounded number in flight.
 
     Args:
         submit: Starts the task of an item and returns its object reference.
         items: What to work on; taken lazily, in order.
         limit: Tasks in flight; 0 = one per core that is there or can be launched.
+        needs: What a task asks of a node, to name what is missing while nothing comes; None: one CPU.
 
     Raises:
         The task's own error, without Ray's wrapping, when it is one of ours.
     """
-    waiting = iter(items)
-    first = list(itertools.islice(waiting, 1))
+    left = iter(items)
+    first = list(itertools.islice(left, 1))
     if not first:  # a finished stage asks nothing of a cluster, and may not have joined one
         return
     limit = limit or physical_cpus()
-    running = [submit(item) for item in itertools.chain(first, itertools.islice(waiting, limit - 1))]
+    running = [submit(item) for item in itertools.chain(first, itertools.islice(left, limit - 1))]
+    with waiting(needs or {"CPU": 1.0}) as came:
+        ray.wait(running)
+        came()
     while running:
         done, running = ray.wait(running)
         try:
             results = ray.get(done)
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, ClipgapError) else error from None
-        running.extend(submit(item) for item in itertools.islice(waiting, len(done)))
+        running.extend(submit(item) for item in itertools.islice(left, len(done)))
         yield from results
 
 

@@ -26,7 +26,7 @@ from clipgap_ray.config.train import TrainSettings
 from clipgap_ray.encoder import EncoderSettings, check, register_models
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.stages import train_report
-from clipgap_ray.stages.session import Progress, cluster_cpus, connect, launchable, resolve_device
+from clipgap_ray.stages.session import Progress, cluster_cpus, connect, launchable, resolve_device, waiting
 from clipgap_ray.stages.train_data import DECODER_CPUS, Plan
 from clipgap_ray.stages.train_loop import train_loop
 from clipgap_ray.stages.train_plan import make_plan
@@ -116,6 +116,7 @@ def _fit(settings: TrainSettings, plan: Plan, directory: rundir.RunDirectory) ->
     monitor = Monitor.remote()  # type: ignore[attr-defined]
     loop_config = {"plan": ray.put(plan), "monitor": monitor, "checkpoint_every": settings.checkpoint_every}
     gpu = resolve_device(settings.device) == "cuda"
+    needs = {"CPU": WORKER_CPUS, **({"GPU": 1.0} if gpu else {})}
     elastic = 0 < settings.min_workers < settings.workers
     _check_room(settings)
     trainer = ray.train.torch.TorchTrainer(
@@ -124,7 +125,7 @@ def _fit(settings: TrainSettings, plan: Plan, directory: rundir.RunDirectory) ->
         scaling_config=ray.train.ScalingConfig(
             num_workers=(settings.min_workers, settings.workers) if elastic else settings.workers,  # type: ignore[arg-type]
             use_gpu=gpu,
-            resources_per_worker={"CPU": WORKER_CPUS, **({"GPU": 1.0} if gpu else {})},
+            resources_per_worker=needs,
         ),
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         run_config=ray.train.RunConfig(
@@ -135,7 +136,7 @@ def _fit(settings: TrainSettings, plan: Plan, directory: rundir.RunDirectory) ->
         ),
     )
     done = threading.Event()
-    follower = threading.Thread(target=_follow, args=(monitor, plan, directory.uri, done), daemon=True)
+    follower = threading.Thread(target=_follow, args=(monitor, plan, directory.uri, done, needs), daemon=True)
     follower.start()
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -174,15 +175,16 @@ def _check_room(settings: TrainSettings) -> None:
         )
 
 
-def _follow(monitor: Any, plan: Plan, uri: str, done: threading.Event) -> None:
-    """Show the progress of rank 0 until `done`."""
+def _follow(monitor: Any, plan: Plan, uri: str, done: threading.Event, needs: dict[str, float]) -> None:
+    """Show the progress of rank 0 until `done`, and before it what a worker still `needs`."""
     progress = Progress("train", plan.steps, "steps")
     count = 0
-    with train_report.open_reporters(plan.settings, uri) as reporters:
+    with train_report.open_reporters(plan.settings, uri) as reporters, waiting(needs) as came:
         while True:
             ended = done.wait(1.0)
             rows = ray.get(monitor.since.remote(count))
             if rows:
+                came()
                 count += len(rows)
                 last = rows[-1]
                 progress.note = f"loss {last['loss']:.3f}, lr {last['lr']:.1e}, wait {last['data_wait_share']:.0%}"

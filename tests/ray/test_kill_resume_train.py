@@ -18,7 +18,7 @@ from tests import made
 from tests.conftest import RESUME_LOSS_TOLERANCE
 from tests.driver import until
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+pytestmark = pytest.mark.ray
 
 
 def test_train(drive: Any, tiny_world: made.World, tmp_path: Path) -> None:
@@ -28,8 +28,8 @@ def test_train(drive: Any, tiny_world: made.World, tmp_path: Path) -> None:
         "num_samples": 16 * 100, "checkpoint_every": 5, "samples": str(tmp_path / "samples"),
     }  # fmt: skip
     whole, cut = (TrainSettings(**words, out=str(tmp_path / name)) for name in ("whole", "cut"))
-    train.run(whole)
-    dead = drive(train, cut)
+    # Both at once, each in a Ray of its own: starting and ending are mostly waiting.
+    uninterrupted, dead = drive(train, whole), drive(train, cut)
     snapshot = Path(cut.out, "train", "checkpoint_manager_snapshot.json")
     until(
         lambda: dead.poll() is not None or (snapshot.exists() and '"checkpoint_' in snapshot.read_text()),
@@ -40,6 +40,7 @@ def test_train(drive: Any, tiny_world: made.World, tmp_path: Path) -> None:
     assert not Path(cut.out, "manifest.json").exists()
     heir = drive(train, cut)
     assert heir.finish() == 0, heir.said()
+    assert uninterrupted.finish() == 0, uninterrupted.said()
 
     def history(run: TrainSettings) -> list[dict[str, Any]]:
         return [json.loads(line) for line in Path(run.out, "metrics.jsonl").read_text().splitlines()]

@@ -1,6 +1,7 @@
 """Sizing work by what a cluster has, and by what its autoscaler may bring."""
 
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +14,12 @@ from clipgap_ray.stages import session
 def cluster(monkeypatch):
     """A pretended cluster: cluster(has, may) sets what is there and what the autoscaler may launch in all."""
 
-    def pretend(has, may, nodes=1):
+    def pretend(has, may, nodes=1, free=None):
         state = SimpleNamespace(get_max_resources_from_cluster_config=lambda: may)
         monkeypatch.setattr(session.ray._private, "state", SimpleNamespace(state=state))
         monkeypatch.setattr(session.ray, "cluster_resources", lambda: has)
-        monkeypatch.setattr(session.ray, "nodes", lambda: [{}] * nodes)
+        monkeypatch.setattr(session.ray, "nodes", lambda: [{"Alive": True, "NodeID": "a", "Resources": has}] * nodes)
+        monkeypatch.setattr(session.ray, "available_resources", lambda: free or has)
         monkeypatch.setattr(session.os, "cpu_count", lambda: 2)
 
     return pretend
@@ -76,3 +78,51 @@ def test_a_cluster_that_happens_to_run_here_is_not_joined(monkeypatch: pytest.Mo
     monkeypatch.setattr(session.ray, "init", lambda **given: words.update(given))
     session._init_private()
     assert words["address"] == "local"
+
+
+@pytest.mark.parametrize(
+    ("has", "may", "free", "said"),
+    [
+        ({"CPU": 4.0}, {"CPU": 32, "GPU": 2}, None, "no node has 1 GPU; the autoscaler may launch one"),
+        ({"CPU": 4.0}, None, None, "no node has 1 GPU; add such a node to the cluster"),
+        ({"CPU": 0.25, "GPU": 1.0}, None, None, "no node has 0.5 CPU, the largest has 0.25; add such a node"),
+        ({"CPU": 4.0, "GPU": 1.0}, None, {"CPU": 4.0}, "all GPU of the cluster is in use"),
+        ({"CPU": 4.0, "GPU": 1.0}, None, None, "resources are there"),
+    ],
+)
+def test_a_shortage_names_the_resource(cluster, has, may, free, said):
+    cluster(has, may, free=free)
+    assert session.shortage({"CPU": 0.5, "GPU": 1.0}).startswith(said)
+
+
+def test_resources_on_different_nodes_do_not_add_up(cluster, monkeypatch):
+    cluster({"CPU": 4.0, "GPU": 1.0}, None)
+    nodes = [{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": True, "Resources": {"GPU": 1.0}}]
+    monkeypatch.setattr(session.ray, "nodes", lambda: nodes)
+    assert session.shortage({"CPU": 1.0, "GPU": 1.0}) == "no node has 1 CPU and 1 GPU together"
+
+
+def test_waiting_speaks_until_something_comes_and_never_gives_up(cluster, monkeypatch):
+    cluster({"CPU": 4.0}, None)
+    monkeypatch.setattr(session, "SAY_SHORTAGE_S", 0.01)
+    spoken = threading.Event()
+    monkeypatch.setattr(session.logger, "info", lambda *words: spoken.set())
+    with session.waiting({"GPU": 1.0}) as came:
+        assert spoken.wait(10)
+        spoken.clear()
+        assert spoken.wait(10)
+        came()
+    spoken.clear()
+    with session.waiting({"GPU": 1.0}) as came:
+        came()
+        assert not spoken.wait(0.05)
+
+
+def test_nodes_with_gpus(monkeypatch):
+    nodes = [
+        {"Alive": True, "NodeID": "a", "Resources": {"GPU": 1.0}},
+        {"Alive": True, "NodeID": "b", "Resources": {"CPU": 1.0}},
+        {"Alive": False, "NodeID": "c", "Resources": {"GPU": 1.0}},
+    ]
+    monkeypatch.setattr(session.ray, "nodes", lambda: nodes)
+    assert session.gpu_nodes() == ["a"]
