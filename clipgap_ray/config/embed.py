@@ -122,3 +122,5 @@ class ImportSettings(Settings):
     """Its pretrained tag; recorded as given."""
     embedding_column: str = "embedding"
     """Column with the vectors, for parquet folders; for npz the arrays' prefix (`l14`, `b32`)."""
+    storage: Storage = StorageSettings()
+    """How S3 stores are reached."""

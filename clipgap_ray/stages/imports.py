@@ -48,6 +48,7 @@ def run(settings: ImportSettings) -> rundir.Summary:
         ConfigError: If the folder has none of the layouts.
         DataError: If rows and metadata of a file do not align, or dims differ between files.
     """
+    store.configure(settings.storage.options())
     files = list(_files(settings.folder, settings.embedding_column))
     if not files:
         raise ConfigError(

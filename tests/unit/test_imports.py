@@ -12,6 +12,7 @@ from clipgap_ray.config.embed import ImportSettings
 from clipgap_ray.embeddings import EmbeddingSet, check_same_encoder, part_file
 from clipgap_ray.errors import ConfigError, DataError, IndexMismatchError
 from clipgap_ray.stages import imports
+from tests import s3_server
 
 MODEL = {"model": "ViT-B-32", "pretrained": "openai"}
 
@@ -174,3 +175,19 @@ def test_rows_of_a_named_encoder_meet_rows_that_it_embedded(tmp_path):
 def test_a_folder_without_embeddings_says_what_was_expected(tmp_path):
     with pytest.raises(ConfigError, match="holds no embeddings"):
         imports.run(ImportSettings(folder=str(tmp_path), out=str(tmp_path / "emb"), **MODEL))
+
+
+def test_a_folder_on_an_s3_server_is_imported_to_it(tmp_path, monkeypatch):
+    for name, value in s3_server.CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    _clip_retrieval(tmp_path / "laion", [_rows(5), _rows(4, seed=1)], 4)
+    before = store.options()
+    with s3_server.running() as server:
+        for file in (tmp_path / "laion").rglob("*.*"):
+            server.put("pool", str(file.relative_to(tmp_path)), file.read_bytes())
+        storage = {"endpoint_url": server.url}
+        summary = imports.run(ImportSettings(folder="s3://pool/laion", out="s3://pool/emb", storage=storage, **MODEL))
+        found = EmbeddingSet.open("s3://pool/emb").all_images()
+    store.configure(before)
+    assert summary.kept == 9
+    np.testing.assert_array_equal(found, np.concatenate([_rows(5), _rows(4, seed=1)]).astype(np.float16))
