@@ -54,7 +54,11 @@ class EmbedSettings(Settings):
     device: Annotated[Device, Operational()] = "auto"
     """auto: GPUs if the cluster has any, else CPUs."""
     workers: Annotated[int, Operational()] = 0
-    """Encoder actors; 0 = one per GPU, or one per CPU core."""
+    """Encoder actors at most; 0 = as many as the GPUs hold, or one per CPU core."""
+    min_workers: Annotated[pydantic.PositiveInt, Operational()] = 1
+    """Encoder actors to start with and to keep; more are started while chunks wait for them."""
+    gpus_per_worker: Annotated[pydantic.PositiveFloat, Operational()] = 1.0
+    """GPUs that an encoder actor asks for; 0.5 puts two on each, so that one encodes while the other copies."""
     threads: int = 1
     """torch threads per encoder; part of the fingerprint."""
     max_skip_fraction: Annotated[float, Operational()] = 0.01
@@ -69,6 +73,17 @@ class EmbedSettings(Settings):
     def _range(cls, value: str | None) -> str | None:
         parse_part_range(value)
         return value
+
+    @pydantic.model_validator(mode="after")
+    def _workers_fit(self) -> Self:
+        if self.workers and self.min_workers > self.workers:
+            raise ConfigError(f"min_workers is {self.min_workers}, more than workers, {self.workers}")
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise ConfigError(
+                f"gpus_per_worker is {self.gpus_per_worker:g}; Ray shares one GPU or gives whole ones: "
+                "expected a fraction of one, or a whole number"
+            )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _folders_differ(self) -> Self:

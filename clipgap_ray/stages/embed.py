@@ -11,7 +11,8 @@ Several encoders share one read (`--also`): each has its folder (`embed_outputs`
 lack it.
 
 Reads: any source of `sources.list_shards`, or a labelled set of `testsets`. Writes: `embeddings` layout.
-Unit of restart: the shard. Actors: one per GPU, or one per core. On failure: run the same command again.
+Unit of restart: the shard. Actors: one per GPU (or more: `gpus_per_worker`), or one per core. On failure: run the
+same command again.
 """
 
 from __future__ import annotations
@@ -208,8 +209,8 @@ def _chunks(
     context.print_on_execution_start = False
     context.target_max_block_size = BLOCK_BYTES
     context.execution_options.actor_locality_enabled = True  # a chunk goes to an encoder of its own node if one is free
-    gpus = 1.0 if outputs[0].encoder.device == "cuda" else 0.0
-    workers = settings.workers or (cluster_gpus() if gpus else physical_cpus())
+    gpus = settings.gpus_per_worker if outputs[0].encoder.device == "cuda" else 0.0
+    workers = settings.workers or max(1, int(cluster_gpus() / gpus) if gpus else physical_cpus())
     dataset = ray.data.read_datasource(
         ShardDatasource(window, plan), override_num_blocks=len(window), num_cpus=READ_CPUS, **_beside_encoders(gpus)
     ).map_batches(
@@ -217,7 +218,7 @@ def _chunks(
         fn_constructor_args=([(output.encoder, output.text) for output in outputs],),
         batch_size=1,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, workers)),
+        compute=ray.data.ActorPoolStrategy(min_size=min(settings.min_workers, workers), max_size=workers),
         num_cpus=ENCODE_CPUS,
         num_gpus=gpus,
     )

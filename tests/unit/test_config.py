@@ -124,3 +124,19 @@ def test_yaml_mappings(tmp_path: Path) -> None:
     for name, message in (("b", "holds list, expected a mapping"), ("c", "is not YAML"), ("d", "does not exist")):
         with pytest.raises(ConfigError, match=message):
             read_yaml(str(tmp_path / f"{name}.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"gpus_per_worker": 1.5}, "gpus_per_worker is 1.5; Ray shares one GPU or gives whole ones"),
+        ({"workers": 2, "min_workers": 3}, "min_workers is 3, more than workers, 2"),
+    ],
+)
+def test_impossible_encoder_pools_are_refused(words: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        EmbedSettings.load({"source": "a", "out": "b", "model": "projection", **words}, "embed")
+
+
+def test_encoders_may_share_a_gpu() -> None:
+    assert EmbedSettings(source="a", out="b", model="projection", gpus_per_worker=0.5).gpus_per_worker == 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,11 @@ from clipgap_ray.kernels.phash import perceptual_hashes
 from clipgap_ray.pixels import Preprocess, grey_thumbnail, open_picture
 from clipgap_ray.stages.embed_read import ReadPlan, Work, from_stream, read_chunks
 from tests import made
+
+#: What a reader holds beside the pixels of two chunks: metadata rows, one sample's bytes, a tar buffer.
+READER_BYTES = 1_000_000
+#: And for every sample of the shard: the members' places and the keys seen, to tell repeated ones.
+SAMPLE_BYTES = 1_000
 
 
 def encoded(picture: Image.Image, form: str) -> bytes:
@@ -42,3 +48,20 @@ def test_rows_hashes_and_ledger_of_a_shard(tmp_path: Path) -> None:
         assert (row["phash"], row["phash_flipped"]) == (int(plain[0]), int(flipped[0]))
     ledger = pa.concat_tables([from_stream(c["ledger"]) for c in chunks]).to_pylist()
     assert [(row["key"], row["reason"]) for row in ledger if row["dropped"]] == [("lab", "broken_image")]
+
+
+def test_a_reader_holds_two_chunks_whatever_the_shard(tmp_path: Path) -> None:
+    """One chunk is handed over while the next is filled; beside their pixels, a stated constant."""
+    plan = ReadPlan((Preprocess(64),), 16, 1.0, None)
+    chunk_bytes = 16 * 64 * 64 * 3
+    peaks = []
+    for rows in (48, 480):  # 10,000 samples, the most that img2dataset writes into a shard, are 10 MB
+        shard = made.tar_shard(tmp_path / f"{rows}.tar", [(f"{n}.jpg", made.jpeg(n % 8)) for n in range(rows)])
+        for _ in range(2):  # once more: the first time imports and caches
+            tracemalloc.start()
+            for _table in read_chunks(Work(0, shard), plan):
+                pass
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert peaks[3] < 2 * chunk_bytes + READER_BYTES
+    assert peaks[3] - peaks[1] < SAMPLE_BYTES * (480 - 48)
