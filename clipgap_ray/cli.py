@@ -1,7 +1,7 @@
 """`clipgap <verb>`: the same settings as the YAML files and the jobs, built with tyro from the settings classes.
 
 Results go to stdout as JSON, everything else to stderr. Exit codes: 0 complete, 1 error, 3 complete but more was
-skipped than allowed, 4 an audit's `--fail-on` rule held, 130 interrupted.
+skipped than allowed, 4 an audit's `--fail-on` rule held, 5 stopped by `--max-hours` or `--max-cost`, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 import pydantic
 
 from clipgap_ray import __version__
-from clipgap_ray.errors import ClipgapError, ConfigError
+from clipgap_ray.errors import ClipgapError, ConfigError, StoppedError
 
-EXIT_ERROR, EXIT_SKIPPED, EXIT_INTERRUPTED = 1, 3, 130
+EXIT_ERROR, EXIT_SKIPPED, EXIT_STOPPED, EXIT_INTERRUPTED = 1, 3, 5, 130
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         return _dispatch(words)
     except ClipgapError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return EXIT_ERROR
+        return EXIT_STOPPED if isinstance(error, StoppedError) else EXIT_ERROR
     except KeyboardInterrupt:
         print("interrupted: the same command continues from here", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -128,6 +128,8 @@ def _run(prog: str, verb: Verb, words: list[str]) -> int:
         from clipgap_ray.config.base import explain
 
         raise explain(error, settings_class, prog) from None
+    if hasattr(settings, "limits"):
+        _load("clipgap_ray.stages.limits:start")(settings.limits)
     result = _load("clipgap_ray." + verb.runner)(settings)
     return _finish(result, settings)
 

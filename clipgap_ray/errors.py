@@ -9,6 +9,7 @@ ClipgapError
   StorageError                           an object store refuses, or does not answer
   ShardLostError                         an index shard's actor died
   BudgetError                            too much was skipped, or a run would cost more than allowed
+  StoppedError                           --max-hours or --max-cost was reached; what is committed stays
 """
 
 from __future__ import annotations
@@ -61,3 +62,7 @@ class ShardLostError(ClipgapError):
 
 class BudgetError(ClipgapError):
     """More was skipped than allowed, or a run would cost more than allowed."""
+
+
+class StoppedError(ClipgapError):
+    """A run reached --max-hours or --max-cost and stopped; what is committed stays, the same command continues."""

@@ -143,6 +143,11 @@ def is_local(uri: str) -> bool:
     return "://" not in uri or uri.startswith(("file://", "local://"))
 
 
+def absolute(uri: str) -> str:
+    """Return a URI that means the same in every directory: Ray Train's workers run in one of their own."""
+    return os.path.abspath(uri) if "://" not in uri else uri
+
+
 def join(uri: str, *names: str) -> str:
     """Join names to a URI with single slashes."""
     return "/".join([uri.rstrip("/") if uri != "/" else uri, *names])

@@ -7,6 +7,7 @@ from typing import Literal
 import pydantic
 
 from clipgap_ray.config.base import Settings
+from clipgap_ray.config.limits import Limits, LimitsSettings
 from clipgap_ray.errors import ConfigError
 
 POLICIES = ("first", "hard", "easy", "random")
@@ -45,6 +46,8 @@ class DedupSettings(Settings):
     """Of the k-means, of its sample and of --stays random."""
     check_rows: pydantic.NonNegativeInt = 1000
     """Rows whose exact neighbours are found to measure how many pairs a partitioned run did not compare; 0 = none."""
+    limits: Limits = LimitsSettings()
+    """When to stop."""
 
     @property
     def thresholds(self) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ import pydantic
 import tyro
 
 from clipgap_ray.config.base import Operational, Settings, Storage, StorageSettings
+from clipgap_ray.config.limits import Limits, LimitsSettings
 from clipgap_ray.embeddings import parse_part_range
 from clipgap_ray.errors import ConfigError
 
@@ -67,6 +68,8 @@ class EmbedSettings(Settings):
     """Embed on CPUs even if that is predicted to take more than two hours."""
     storage: Storage = StorageSettings()
     """How S3 stores are reached."""
+    limits: Limits = LimitsSettings()
+    """When to stop."""
 
     @pydantic.field_validator("shards")
     @classmethod

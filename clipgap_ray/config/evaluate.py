@@ -8,6 +8,7 @@ import pydantic
 
 from clipgap_ray import schema
 from clipgap_ray.config.base import Operational, Settings
+from clipgap_ray.config.limits import Limits, LimitsSettings
 from clipgap_ray.errors import ConfigError
 
 PER_TEST = ("classnames", "templates", "mask", "class_map", "crop", "expect", "metric", "candidates", "predictions")
@@ -62,6 +63,8 @@ class EvaluateSettings(Settings):
     """auto: GPUs if the cluster has any, else CPUs."""
     decoders: Annotated[pydantic.PositiveInt, Operational()] = 2
     """Threads that decode while the model works."""
+    limits: Limits = LimitsSettings()
+    """When to stop."""
 
     @pydantic.field_validator("test")
     @classmethod

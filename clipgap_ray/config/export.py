@@ -8,6 +8,7 @@ import pydantic
 import tyro
 
 from clipgap_ray.config.base import Operational, Settings
+from clipgap_ray.config.limits import Limits, LimitsSettings
 
 
 class ExportSettings(Settings):
@@ -30,3 +31,5 @@ class ExportSettings(Settings):
     """Tars read or written at a time; 0 = one per core."""
     max_missing_fraction: Annotated[float, Operational()] = 0.01
     """Exit with code 3 when a larger share of the split's uids is not in the source."""
+    limits: Limits = LimitsSettings()
+    """When to stop."""

@@ -8,6 +8,7 @@ import pydantic
 
 from clipgap_ray import schema
 from clipgap_ray.config.base import Operational, Settings
+from clipgap_ray.config.limits import Limits, LimitsSettings
 from clipgap_ray.errors import ConfigError
 
 
@@ -38,6 +39,8 @@ class ScoreSettings(Settings):
     """Bytes of neighbouring parts that one task reads; 0 = automatic, at most 256 MB."""
     query_share: Annotated[float, Operational()] = 0.0
     """Write the query side once it is at most this share of the embeddings read; 0 = automatic (0.8 %)."""
+    limits: Limits = LimitsSettings()
+    """When to stop."""
 
     @pydantic.field_validator("test")
     @classmethod

@@ -10,6 +10,7 @@ import tyro
 from clipgap_ray import schema
 from clipgap_ray.config import split as split_config
 from clipgap_ray.config.base import Operational, Settings, Storage, StorageSettings
+from clipgap_ray.config.limits import Limits, LimitsSettings
 from clipgap_ray.errors import ConfigError
 
 KINDS: dict[str, type[split_config.SplitSettings]] = {
@@ -184,6 +185,8 @@ class RunSettings(Settings):
     """Directory of the study; empty: out/<name of the study>."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Operational()] = "auto"
     """auto: GPUs if the cluster has any, else CPUs."""
+    limits: Limits = LimitsSettings()
+    """When to stop."""
 
 
 class StatusSettings(Settings):

@@ -8,6 +8,7 @@ import pydantic
 
 from clipgap_ray.config.base import Later, Operational, Settings
 from clipgap_ray.config.evaluate import EvaluateSettings as EvaluateSettings  # its place before it had its own module
+from clipgap_ray.config.limits import Limits, LimitsSettings
 from clipgap_ray.errors import ConfigError
 
 Reporter = Literal["tensorboard", "wandb", "mlflow"]
@@ -88,6 +89,8 @@ class TrainSettings(Settings):
     """How often a run starts again from its last checkpoint after losing a worker; preempted nodes do not count."""
     report_to: Annotated[tuple[Reporter, ...], Operational()] = ("tensorboard",)
     """Where metrics go besides RUN/metrics.jsonl; tensorboard is RUN/tensorboard."""
+    limits: Limits = LimitsSettings()
+    """When to stop."""
 
     @property
     def global_batch(self) -> int:

@@ -67,12 +67,13 @@ def index(source: str, out: str) -> Source:
         directory.finish({"source": source, "kind": "test set" if test_set else "pool"})
         manifest = store.read_json(directory.path("manifest.json"))
     names, templates = (test_set.class_names, test_set.templates) if test_set else ((), ())
-    return Source(out, tuple(parts.values()), names, templates, manifest["digest"])
+    return Source(store.absolute(out), tuple(parts.values()), names, templates, manifest["digest"])
 
 
 def _index_shard(uri: str, part: int, shard: Shard, test_set: testsets.TestSet | None) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     dropped: dict[str, int] = {}
+    place = store.absolute(shard.uri)
     # Of a tar the headers and captions are enough: an index of a pool reads a small part of its bytes.
     for item in test_set.read(shard) if test_set else read_shard(shard, images=shard.kind != "tar"):
         if isinstance(item, Skip):
@@ -88,7 +89,7 @@ def _index_shard(uri: str, part: int, shard: Shard, test_set: testsets.TestSet |
         rows.append(
             {
                 "uid": item.uid,
-                "uri": shard.uri if in_tar else store.join(shard.uri, item.key.rsplit("/", 1)[-1]),
+                "uri": place if in_tar else store.join(place, item.key.rsplit("/", 1)[-1]),
                 "offset": item.offset,
                 "num_bytes": _image_bytes(item),
                 "caption": item.caption,

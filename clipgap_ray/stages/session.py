@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import ray
 
 from clipgap_ray.errors import ClipgapError, ConfigError
+from clipgap_ray.stages import limits
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -257,13 +258,18 @@ class Progress:
         self.live = sys.stderr.isatty()
 
     def advance(self, units: int = 1, rows: int = 0) -> None:
-        """Count finished units (parts, steps) and the rows in them."""
+        """Count finished units (parts, steps) and the rows in them.
+
+        Raises:
+            StoppedError: If the command has a limit and reached it.
+        """
         self.done += units
         self.rows += rows
         now = time.monotonic()
         if now - self.shown >= (0.2 if self.live else LOG_EVERY_S):
             self.shown = now
             self._show("\r" if self.live else "", "" if self.live else "\n")
+        limits.check()
 
     def close(self) -> None:
         """Show the final state."""

@@ -24,7 +24,7 @@ import torch
 from clipgap_ray import rundir, store
 from clipgap_ray.config.train import TrainSettings
 from clipgap_ray.encoder import EncoderSettings, check, register_models
-from clipgap_ray.errors import ConfigError, DataError
+from clipgap_ray.errors import ClipgapError, ConfigError, DataError, StoppedError
 from clipgap_ray.stages import train_report
 from clipgap_ray.stages.session import Progress, cluster_cpus, connect, launchable, resolve_device, waiting
 from clipgap_ray.stages.train_data import DECODER_CPUS, Plan
@@ -130,19 +130,22 @@ def _fit(settings: TrainSettings, plan: Plan, directory: rundir.RunDirectory) ->
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         run_config=ray.train.RunConfig(
             name="train",
-            storage_path=directory.uri if "://" in directory.uri else os.path.abspath(directory.uri),
+            storage_path=store.absolute(directory.uri),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
         ),
     )
     done = threading.Event()
-    follower = threading.Thread(target=_follow, args=(monitor, plan, directory.uri, done, needs), daemon=True)
+    stopped: list[StoppedError] = []
+    follower = threading.Thread(target=_follow, args=(monitor, plan, directory.uri, done, needs, stopped), daemon=True)
     follower.start()
     before = signal.getsignal(signal.SIGINT)
     try:
         result = trainer.fit()
     except SystemExit:  # Ray Train answers Ctrl-C with exit code 0: that would read as "complete"
-        raise KeyboardInterrupt from None
+        raise (stopped[0] if stopped else KeyboardInterrupt) from None
+    except ray.train.WorkerGroupError as error:
+        raise _own(error) from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, before)  # Ray Train leaves its own handler behind
@@ -157,6 +160,12 @@ def _fit(settings: TrainSettings, plan: Plan, directory: rundir.RunDirectory) ->
     lines = "".join(f"{json.dumps(row)}\n" for row in state["history"])
     store.write_bytes(directory.path("metrics.jsonl"), lines.encode())
     return state
+
+
+def _own(error: ray.train.WorkerGroupError) -> Exception:
+    """The error of ours that ended a worker, without Ray's wrapping; else the error itself."""
+    causes = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]
+    return next((cause for cause in causes if isinstance(cause, ClipgapError)), error)
 
 
 def _check_room(settings: TrainSettings) -> None:
@@ -175,8 +184,13 @@ def _check_room(settings: TrainSettings) -> None:
         )
 
 
-def _follow(monitor: Any, plan: Plan, uri: str, done: threading.Event, needs: dict[str, float]) -> None:
-    """Show the progress of rank 0 until `done`, and before it what a worker still `needs`."""
+def _follow(
+    monitor: Any, plan: Plan, uri: str, done: threading.Event, needs: dict[str, float], stopped: list[StoppedError]
+) -> None:
+    """Show the progress of rank 0 until `done`, and before it what a worker still `needs`.
+
+    When the command reaches a limit: say so in `stopped` and end the run the way Ctrl-C does.
+    """
     progress = Progress("train", plan.steps, "steps")
     count = 0
     with train_report.open_reporters(plan.settings, uri) as reporters, waiting(needs) as came:
@@ -188,7 +202,13 @@ def _follow(monitor: Any, plan: Plan, uri: str, done: threading.Event, needs: di
                 count += len(rows)
                 last = rows[-1]
                 progress.note = f"loss {last['loss']:.3f}, lr {last['lr']:.1e}, wait {last['data_wait_share']:.0%}"
-                progress.advance(last["step"] - progress.done, rows=(last["step"] - progress.done) * plan.global_batch)
+                steps = last["step"] - progress.done
+                try:
+                    progress.advance(steps, rows=steps * plan.global_batch)
+                except StoppedError as error:
+                    if not stopped and not ended:
+                        stopped.append(error)
+                        os.kill(os.getpid(), signal.SIGINT)
                 for reporter in reporters:
                     reporter.add(rows)
             if ended:

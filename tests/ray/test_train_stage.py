@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,18 @@ TINY = {"model": "conv-64-test", "batch_size": 8, "workers": 2, "warmup": 2}
 
 @pytest.fixture(scope="module")
 def words(tiny_world: made.World, tiny_scores: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Settings of one small run on a gap-matched split, with the reference mixed in."""
-    folder = tmp_path_factory.mktemp("train")
+    """Settings of one small run on a gap-matched split, with the reference mixed in; paths as people type them."""
+    folder = Path(os.path.relpath(tmp_path_factory.mktemp("train")))
     split.run(GapMatch(scores=tiny_scores, out=str(folder / "gap.npy"), test=("sketch",)))
-    return {**TINY, "source": tiny_world.path("pool"), "split": str(folder / "gap.npy"), "num_samples": 160,
-            "reference": tiny_world.path("reference"), "out": str(folder / "run"), "checkpoint_every": 5}  # fmt: skip
+    return {
+        **TINY,
+        "source": os.path.relpath(tiny_world.path("pool")),
+        "reference": os.path.relpath(tiny_world.path("reference")),
+        "split": str(folder / "gap.npy"),
+        "num_samples": 160,
+        "checkpoint_every": 5,
+        "out": str(folder / "run"),
+    }
 
 
 @pytest.fixture(scope="module")

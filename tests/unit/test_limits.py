@@ -1,0 +1,92 @@
+"""Limits in hours and money: they speak after a commit, name both numbers, and cost follows the nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from clipgap_ray import cli
+from clipgap_ray.config.embed import EmbedSettings
+from clipgap_ray.config.limits import LimitsSettings, PricesFile
+from clipgap_ray.errors import ConfigError, StoppedError
+from clipgap_ray.stages import limits, session
+
+PRICES = "per_hour: {CPU: 0.5, GPU: 2.0}\ncurrency: EUR\n"
+
+
+@pytest.fixture(autouse=True)
+def no_limit() -> Any:
+    yield
+    limits.start(LimitsSettings())
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    now = SimpleNamespace(hours=0.0)
+    monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=lambda: now.hours * 3600))
+    return now
+
+
+def test_hours_are_looked_at_with_every_step_of_progress(clock: SimpleNamespace) -> None:
+    limits.start(LimitsSettings(max_hours=2))
+    progress = session.Progress("embed", 10, "shards")
+    progress.advance()
+    clock.hours = 1.99
+    progress.advance()
+    clock.hours = 2.5
+    with pytest.raises(StoppedError, match=r"stopped after 2.50 hours, --max-hours is 2\n.*same command continues"):
+        progress.advance()
+    assert progress.done == 3, "the commit that passed the limit counts"
+
+
+def test_costs_follow_the_nodes(clock: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "prices.yaml").write_text(PRICES)
+    nodes = [{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": False, "Resources": {"GPU": 8.0}}]
+    monkeypatch.setattr(limits.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(limits.ray, "nodes", lambda: nodes)
+    limits.start(LimitsSettings(max_cost=10.0, prices=str(tmp_path / "prices.yaml")))
+    clock.hours = 2.0
+    limits.check()  # 2 h x 4 CPUs x 0.5 = 4
+    nodes.append({"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0, "memory": 1e9}})
+    clock.hours = 3.0
+    limits.check()  # 1 h x (2 + 1 + 2) = 5
+    clock.hours = 3.5
+    with pytest.raises(StoppedError, match=r"stopped after 11.50 EUR in 3.50 hours, --max-cost is 10"):
+        limits.check()
+
+
+def test_without_a_cluster_this_machine_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(limits.os, "cpu_count", lambda: 2)
+    assert limits.hourly_cost(PricesFile(per_hour={"CPU": 0.5})) == 1.0
+
+
+def test_a_cost_without_prices_and_wrong_prices_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--max-cost 3 without --prices"):
+        EmbedSettings.load({"source": "a", "out": "b", "model": "projection", "limits": {"max_cost": 3}}, "embed")
+    with pytest.raises(ConfigError, match=r"prices.yaml does not exist"):
+        limits.start(LimitsSettings(max_cost=3, prices=str(tmp_path / "prices.yaml")))
+    (tmp_path / "prices.yaml").write_text("per_hour: {CPU: -1}")
+    with pytest.raises(ConfigError, match=r"prices.yaml.*CPU"):
+        limits.start(LimitsSettings(max_cost=3, prices=str(tmp_path / "prices.yaml")))
+
+
+def test_limits_are_flags_and_no_part_of_what_is_written() -> None:
+    words = {"source": "a", "out": "b", "model": "projection"}
+    assert EmbedSettings(**words, limits={"max_hours": 1}).fingerprint() == EmbedSettings(**words).fingerprint()
+
+
+def test_the_exit_code_of_a_stopped_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(_: Any) -> None:
+        raise StoppedError("stopped after 2.00 hours, --max-hours is 2", hint="the same command continues")
+
+    load = cli._load
+    monkeypatch.setattr(cli, "_load", lambda path: stopped if path.endswith("stages.embed:run") else load(path))
+    words = ["embed", "a", "--out", str(tmp_path), "--model", "projection", "--max-hours", "2"]
+    assert cli.main(words) == cli.EXIT_STOPPED == 5
+    assert "StoppedError: stopped after 2.00 hours" in capsys.readouterr().err
