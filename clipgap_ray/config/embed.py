@@ -125,6 +125,10 @@ class PlanSettings(EmbedSettings):
     """As for `embed`; not looked at."""
     probe_rows: pydantic.PositiveInt = 256
     """Samples to read and decode."""
+    cores: pydantic.NonNegativeInt = 0
+    """Cores of the cluster to predict for; 0 = those of this machine. The probe is of one core, here."""
+    gpus: pydantic.NonNegativeInt = 0
+    """GPUs of that cluster, each like the one here; 0 = those of this machine."""
 
 
 class ImportSettings(Settings):

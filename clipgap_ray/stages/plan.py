@@ -2,7 +2,8 @@
 
 The same words as `embed`; nothing is written and no Ray is started. The probe reads the first samples of the source
 with the job's own reader, and runs the job's own encoders on them. What a cluster has is not asked for: the prediction
-is for the cores (and GPUs) of this machine, and says what one core and one encoder do, so that others can multiply.
+is for the cores (and GPUs) of this machine, or for as many like them as `--cores` and `--gpus` say. With `--prices` it
+says what that costs.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from typing import Any
 import pyarrow as pa
 
 from clipgap_ray import blocklist, schema, store
+from clipgap_ray.config.base import read_yaml
 from clipgap_ray.config.embed import PlanSettings
-from clipgap_ray.errors import DataError
+from clipgap_ray.config.limits import PricesFile
+from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.shards import estimate_rows
 from clipgap_ray.sources import Shard
 from clipgap_ray.stages import budget, embed, embed_outputs
@@ -58,7 +61,8 @@ def run(settings: PlanSettings) -> dict[str, Any]:
         built.append(embed_outputs.described(placed, encoder))
         bytes_per_row += 2 * encoder.dim * (1 + output.text) + seen["metadata_bytes"]
     kept = seen["rows"] / seen["images"]
-    cores = os.cpu_count() or 1
+    cores = settings.cores or os.cpu_count() or 1
+    devices = settings.gpus or devices
     seconds = rows * _seconds_per_row(seen["read_s"], encode_s, device, devices, cores)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     predicted = {
@@ -79,6 +83,7 @@ def run(settings: PlanSettings) -> dict[str, Any]:
         "cores_to_feed_one_gpu": round(seen["read_s"] / encode_s, 1) if device == "cuda" else None,
         "images_per_s": round(rows / max(seconds, 1e-9), 2),
         "seconds": round(seconds, 1),
+        "cost": _cost(settings, seconds, cores, devices),
         "probed_rows": seen["rows"],
     }
     _show(settings, outputs, predicted)
@@ -86,10 +91,19 @@ def run(settings: PlanSettings) -> dict[str, Any]:
 
 
 def _here(settings: PlanSettings) -> tuple[str, int]:
-    """The device of this machine to probe on, and how many of it."""
+    """The device of this machine to probe on, and how many of it.
+
+    Raises:
+        ConfigError: If GPUs are planned for and there is none to probe.
+    """
     import torch
 
     gpus = torch.cuda.device_count() if settings.device != "cpu" else 0
+    if settings.gpus and not gpus:
+        raise ConfigError(
+            f"--gpus {settings.gpus}, but there is no GPU here to probe",
+            hint="run plan on a GPU node (ray job submit -- python jobs/plan.py ...), or plan for --cores",
+        )
     if settings.device == "cuda" and not gpus:
         logger.warning("plan: no GPU here; time is predicted for the CPUs of this machine")
     return ("cuda", gpus) if gpus else ("cpu", 0)
@@ -146,6 +160,15 @@ def _driver_bytes(outputs: list[Output], rows: int, shards: int, cores: int) -> 
     return DRIVER_BYTES + SHARD_BYTES * shards + 2 * cores * row * rows / shards
 
 
+def _cost(settings: PlanSettings, seconds: float, cores: int, gpus: int) -> dict[str, Any] | None:
+    """What the cores and GPUs cost while it runs; None without prices."""
+    if not settings.limits.prices:
+        return None
+    prices = PricesFile.load(read_yaml(settings.limits.prices), settings.limits.prices)
+    hourly = cores * prices.per_hour.get("CPU", 0.0) + gpus * prices.per_hour.get("GPU", 0.0)
+    return {"amount": round(seconds / 3600 * hourly, 4), "per_hour": hourly, "currency": prices.currency}
+
+
 def _show(settings: PlanSettings, outputs: list[Output], found: dict[str, Any]) -> None:
     gigabytes = {name: found[name] / 1e9 for name in ("input_bytes", "output_bytes")}
     memory = found["memory"]
@@ -159,9 +182,12 @@ def _show(settings: PlanSettings, outputs: list[Output], found: dict[str, Any]) 
                    f" {memory['pixels_per_chunk_bytes'] / 1e6:.0f} MB of pixels per chunk in the object store"),
         ("per image", f"read and decode {found['read_ms_per_image']:.3g} ms of a core,"
                       f" encode {found['encode_ms_per_image']:.3g} ms of a {found['device']}"),
-        ("time", f"{budget.duration(found['seconds'])} on the {found['cores']} cores of this machine"
+        ("time", f"{budget.duration(found['seconds'])} on {found['cores']} cores"
                  f" ({found['images_per_s']:,.3g} images/s)"),
     ]  # fmt: skip
     if found["cores_to_feed_one_gpu"] is not None:
         lines.append(("to feed a GPU", f"{found['cores_to_feed_one_gpu']} cores"))
+    if found["cost"] is not None:
+        cost = found["cost"]
+        lines.append(("cost", f"{cost['amount']:,.2f} {cost['currency']} at {cost['per_hour']:,.2f} an hour"))
     logger.info("%s", "\n".join(f"{name:<14}{text}" for name, text in lines))

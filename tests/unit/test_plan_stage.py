@@ -36,11 +36,11 @@ def test_rows_and_bytes_are_those_of_the_job(
     written = sum(path.stat().st_size for path in files)
     assert predicted["output_bytes"] == pytest.approx(written - overhead, rel=0.35)
     assert predicted["shards"] == 11
-    for word in ("11 shards", "GB of images", "images/s", "cores of this machine"):
+    for word in ("11 shards", "GB of images", "images/s", " cores ("):
         assert word in caplog.text
 
 
-def test_time_adds_up_from_the_probe(tiny_world: made.World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_adds_up_from_the_probe(tiny_world: made.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By clocks that stand still but for what is stated: 10 ms to read a chunk's image, 40 ms to encode a row."""
     clock = {"cpu": 0.0}
     original = plan.read_chunks
@@ -61,6 +61,13 @@ def test_time_adds_up_from_the_probe(tiny_world: made.World, monkeypatch: pytest
     assert predicted["seconds"] == pytest.approx(rows * 0.050 / 5, rel=0.02)
     half = predict(tiny_world.path("pool"), shards="0:2", sample=0.5)
     assert half["seconds"] == pytest.approx(predicted["seconds"] / 2, rel=0.1)  # type: ignore[operator]
+    prices = tmp_path / "prices.yaml"
+    prices.write_text("per_hour: {CPU: 0.36}\ncurrency: EUR\n")
+    more = predict(tiny_world.path("pool"), shards="0:2", cores=20, limits={"prices": str(prices)})
+    assert more["seconds"] == pytest.approx(predicted["seconds"] / 4, rel=0.01)  # type: ignore[operator]
+    assert more["cost"]["per_hour"] == pytest.approx(7.2)  # type: ignore[index]
+    assert more["cost"]["amount"] == pytest.approx(more["seconds"] * 0.002, abs=1e-4)  # type: ignore[index, operator]
+    assert predicted["cost"] is None
 
 
 @pytest.mark.parametrize(
