@@ -6,14 +6,13 @@
     SCORES/partial/group-<n>.npz            query side of some groups of parts, merged at the end
 
 Test rows go to the object store once. A task reads a group of neighbouring parts and returns its query side; the
-driver merges query sides in memory and writes them, with the commit of their parts, only once they are below
-`QUERY_SHARE` of the embeddings read: so bytes written stay under 1 % of the bytes read, and a crash costs seconds.
+driver merges query sides in memory and writes them (`score_queries`), with the commit of their parts, only once they
+are below 0.8 % of the embeddings read: so bytes written stay under 1 % of the bytes read, and a crash costs seconds.
 Unit of restart: that commit. Parts that join the pool later are scored alone.
 """
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,14 +29,14 @@ from clipgap_ray.embeddings import EmbeddingSet, Part
 from clipgap_ray.errors import ConfigError, DataError, StaleOutputError
 from clipgap_ray.kernels import nearest
 from clipgap_ray.stages.keep import read_keep
+from clipgap_ray.stages.score_queries import QuerySide, read_partial, write_queries
 from clipgap_ray.stages.session import Progress, bounded, cluster_gpus, connect, physical_cpus, resolve_device
-from clipgap_ray.stages.thresholds import Tests, load_tests, tau_digest, thresholds_path
+from clipgap_ray.stages.thresholds import Tests, load_tests, tau_digest
 
 Keep = dict[int, np.ndarray]  # part -> (rows,) bool, True = stays
 
 logger = logging.getLogger("clipgap")
 
-QUERY_SHARE = 0.008  # of the embeddings read
 GROUP_BYTES = 1 << 28
 GROUPS_PER_WORKER = 2
 
@@ -114,7 +113,7 @@ def _score_into(
         done = _scored(directory, inputs)
         left = [part for part in pool.parts if part.number not in done]
         progress = Progress("score", len(pool.parts), "parts", done=len(done))
-        query_side = _QuerySide(directory, len(tests.queries.rows), settings)
+        query_side = QuerySide(directory, len(tests.queries.rows), settings)
         try:
             for record, partial in _score_groups(pool, left, inputs, tests, keep, settings):
                 query_side.add(record, partial)
@@ -123,9 +122,9 @@ def _score_into(
             query_side.commit()
             progress.close()
         records = directory.log.records
-        found = nearest.merge([_read_partial(out, group) for group in sorted(records)] or [query_side.nothing])
+        found = nearest.merge([read_partial(out, group) for group in sorted(records)] or [query_side.nothing])
         for segment, name in enumerate(tests.names):
-            _write_queries(settings.out, name, segment, tests, found, pool)
+            write_queries(settings.out, name, segment, tests, found, pool)
         files = {path: sha for record in records.values() for path, sha in record["files"].items()}
         described = _describe(tests)
         digest = store.digest(files)
@@ -183,56 +182,6 @@ def _describe(tests: Tests) -> dict[str, dict[str, Any]]:
 
 
 # --- the pass --------------------------------------------------------------------------------------------
-
-
-class _QuerySide:
-    """Query sides of finished groups, merged in memory, written once they are a small share of what was read."""
-
-    def __init__(self, directory: rundir.RunDirectory, num_queries: int, settings: ScoreSettings) -> None:
-        self.nothing = nearest.empty(num_queries, settings.k)
-        self._directory = directory
-        self._commit_bytes = len(_npz(self.nothing)) / (settings.query_share or QUERY_SHARE)
-        self._merged = self.nothing
-        self._records: list[dict[str, Any]] = []
-
-    def add(self, record: dict[str, Any], partial: nearest.QueryNearest) -> None:
-        """Take a finished group; commit what has gathered when it is enough."""
-        self._merged = nearest.merge([self._merged, partial])
-        self._records.append(record)
-        if sum(record["bytes"] for record in self._records) >= self._commit_bytes:
-            self.commit()
-
-    def commit(self) -> None:
-        """Write the merged query side and commit its parts; nothing gathered, nothing written."""
-        if not self._records:
-            return
-        parts = sorted(part for record in self._records for part in record["parts"])
-        data = _npz(self._merged)
-        store.write_bytes(_partial_path(self._directory.uri, parts[0]), data)
-        read, kept = (sum(record[name] for record in self._records) for name in ("read", "kept"))
-        self._directory.log.append(
-            [
-                {
-                    "part": parts[0],
-                    "parts": parts,
-                    "inputs": {key: value for record in self._records for key, value in record["inputs"].items()},
-                    "read": read,
-                    "kept": kept,
-                    "dropped": {"not_kept": read - kept} if read != kept else {},
-                    "bytes": sum(record["bytes"] for record in self._records),
-                    "query_bytes": len(data),
-                    "bound": max(record["bound"] for record in self._records),
-                    "files": {key: value for record in self._records for key, value in record["files"].items()},
-                }
-            ]
-        )
-        self._merged, self._records = self.nothing, []
-
-
-def _npz(found: nearest.QueryNearest) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, **found.__dict__)
-    return buffer.getvalue()
 
 
 def _score_groups(
@@ -353,40 +302,3 @@ def _pool_table(
     if scores.violations is None:
         return table
     return table.append_column(schema.VIOLATIONS, pa.array(scores.violations[:, segment]))
-
-
-# --- the query side --------------------------------------------------------------------------------------
-
-
-def _partial_path(uri: str, group: int) -> str:
-    return store.join(uri, "partial", f"group-{group:05d}.npz")
-
-
-def _read_partial(uri: str, group: int) -> nearest.QueryNearest:
-    with np.load(io.BytesIO(store.read_bytes(_partial_path(uri, group))), allow_pickle=False) as arrays:
-        return nearest.QueryNearest(**{name: arrays[name] for name in arrays.files})
-
-
-def _write_queries(
-    out: str, name: str, segment: int, tests: Tests, found: nearest.QueryNearest, pool: EmbeddingSet
-) -> None:
-    rows = slice(int(tests.queries.offsets[segment]), int(tests.queries.offsets[segment + 1]))
-    own = tests.sets[segment].all_metadata(["row_id", "uid"])
-    tau = tests.thresholds[segment]
-    uid_of = pool.uids_of(found.best_id[rows])
-    table = pa.table(
-        {
-            "row_id": own.column("row_id"),
-            "uid": own.column("uid"),
-            "tau": tests.queries.tau[rows],
-            "reference_uid": tau.column("reference_uid") if tau is not None else pa.nulls(own.num_rows, pa.string()),
-            "similarity": found.best[rows],
-            "nearest_uid": [uid_of.get(i) for i in found.best_id[rows].tolist()],
-            "nearest_row_ids": list(found.row_ids[rows]),
-            "nearest_similarities": list(found.similarities[rows]),
-        },
-        schema=schema.QUERY_SCORES,
-    )
-    store.write_table(store.join(out, "queries", f"{name}.parquet"), table)
-    if tau is not None:
-        store.write_table(thresholds_path(out, name), tau)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from clipgap_ray import rundir, store
+from clipgap_ray import lease, rundir, store
 from clipgap_ray.config.base import StorageSettings
 from clipgap_ray.config.embed import EmbedSettings
 from clipgap_ray.embeddings import EmbeddingSet
@@ -66,7 +66,7 @@ def test_bytes_equal_a_local_run_through_errors_and_cuts(
 def test_an_interrupted_run_is_continued(
     s3: s3_server.S3Server, tiny_embeddings: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rundir, "LEASE_BEAT_S", 0.3)
+    monkeypatch.setattr(lease, "BEAT_S", 0.3)
     append = rundir.CommitLog.append
 
     def die_after_four(log: rundir.CommitLog, records: list[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from clipgap_ray import rundir, store
+from clipgap_ray import lease, rundir, store
 from clipgap_ray.errors import DataError, LeaseError, StaleOutputError
 
 LAION_PARTS = 41_408  # shards of LAION-400M
@@ -258,7 +258,7 @@ def test_a_second_driver_is_refused_until_the_first_is_dead(tmp_path: Path) -> N
         try:
             assert holder.stdout is not None
             assert holder.stdout.readline() == "held\n"
-            with pytest.raises(LeaseError, match=f'"pid": {holder.pid}'), rundir.Lease(str(tmp_path)):
+            with pytest.raises(LeaseError, match=f'"pid": {holder.pid}'), lease.Lease(str(tmp_path)):
                 pass
             assert json.loads((tmp_path / "lease").read_text())["pid"] == holder.pid  # the refusal left it alone
         finally:
@@ -271,18 +271,18 @@ def test_a_second_driver_is_refused_until_the_first_is_dead(tmp_path: Path) -> N
 def test_a_remote_lease_that_beats_refuses_and_one_that_stands_still_is_taken_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rundir, "LEASE_BEAT_S", 0.05)
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
     uri = f"memory://lease-{os.getpid()}"
-    with rundir.Lease(uri) as holder:
-        with pytest.raises(LeaseError, match=holder.owner["token"]), rundir.Lease(uri):
+    with lease.Lease(uri) as holder:
+        with pytest.raises(LeaseError, match=holder.owner["token"]), lease.Lease(uri):
             pass
         assert json.loads(store.read_bytes(holder.uri))["token"] == holder.owner["token"]
     assert not store.exists(holder.uri)
 
-    dead = rundir.Lease(uri)
+    dead = lease.Lease(uri)
     dead.__enter__()
     dead._stop.set()  # the thread ends and leaves the file, as a killed driver does
     assert dead._thread is not None
     dead._thread.join()
-    with rundir.Lease(uri) as heir:
+    with lease.Lease(uri) as heir:
         assert json.loads(store.read_bytes(heir.uri))["token"] == heir.owner["token"]

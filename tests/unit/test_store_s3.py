@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from clipgap_ray import rundir, store
+from clipgap_ray import lease, rundir, store
 from clipgap_ray.errors import DataError, LeaseError, StorageError
 from clipgap_ray.shards import read_shard
 from clipgap_ray.sources import list_shards
@@ -155,13 +155,13 @@ def test_a_killed_run_is_continued_and_a_living_one_refuses(
     s3: s3_server.S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     s3.fail_every = FAILURES
-    monkeypatch.setattr(rundir, "LEASE_BEAT_S", 0.3)
+    monkeypatch.setattr(lease, "BEAT_S", 0.3)
     victim = subprocess.run([sys.executable, "-c", VICTIM, s3.url], env=dict(os.environ), timeout=120, check=False)
     assert victim.returncode == -signal.SIGKILL
     left = json.loads(store.read_bytes("s3://pool/out/lease"))
     started = time.monotonic()
     with rundir.RunDirectory("s3://pool/out", "embed", {"x": 1}) as heir:
-        assert time.monotonic() - started >= 3 * rundir.LEASE_BEAT_S  # it watched the dead driver's lease stand still
+        assert time.monotonic() - started >= 3 * lease.BEAT_S  # it watched the dead driver's lease stand still
         assert json.loads(store.read_bytes("s3://pool/out/lease"))["token"] != left["token"]
         assert set(heir.log.records) == {0}
         assert rundir.assign_parts(heir.uri, ["a.tar", "b.tar"]) == {"a.tar": 0, "b.tar": 1}
