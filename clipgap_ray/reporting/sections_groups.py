@@ -7,7 +7,7 @@ from typing import Any
 
 from clipgap_ray.kernels.shift import PAIR
 from clipgap_ray.reporting import conclusions as say
-from clipgap_ray.reporting import figures_join, figures_models
+from clipgap_ray.reporting import figures_groups, figures_join, figures_models, variants
 from clipgap_ray.reporting.layout import Plot, Section, Table
 from clipgap_ray.reporting.numbers import Numbers
 from clipgap_ray.reporting.tables import Record
@@ -29,15 +29,55 @@ def shift(numbers: Numbers) -> Section:
         rows.append(
             [g["arm"], say.percent(g["balanced"]["common"]), say.percent(g["balanced"]["counter"]),
              (f"{g['drop']['drop_pp']:.1f}", say.span(*g["intervals"]["drop_pp_classes"]), False),
+             (f"{g['drop']['unbalanced_drop_pp']:.1f}", say.span(*g["intervals"]["unbalanced_drop_pp_images"]), False),
              say.percent(g["drop"]["relative"]), f"{g['drop']['log_odds']:.2f}",
              f"{worst['class_name']} / {worst['group']} {say.percent(worst['accuracy'], 0)}",
              f"{g['num_negative_drops']} / {g['num_insignificant_drops']} of {g['num_classes']}"]
         )  # fmt: skip
-    headers = ["model", "common", "counter", "drop (points)", "relative", "log-odds", "worst class and group",
-               "negative / insignificant class drops"]  # fmt: skip
+    headers = ["model", "common", "counter", "drop (points)", "unbalanced drop", "relative", "log-odds",
+               "worst class and group", "negative / insignificant class drops"]  # fmt: skip
     section.tables.append(Table(headers, rows))
-    section.notes = ["Balanced: every class counts once. Small print: 95 % bootstrap over classes and images."]
+    section.notes = [
+        "Common, counter, drop: balanced, every class counts once; small print: 95 % bootstrap over classes and "
+        "images. Unbalanced: every photo counts once, which mixes in that the groups have different classes; 95 % over "
+        "images."
+    ]
     return section
+
+
+def asked(numbers: Numbers) -> Section:
+    """Does the drop hang on prompts, candidates or weighting?"""
+    section = Section("asked", "Does the drop hang on how the model was asked?", variants.sentence(numbers.variants))
+    models: dict[str, list[Record]] = {}
+    for record in numbers.variants:
+        models.setdefault(f"{record['arm']} on {record['test']}", []).append(record)
+    draw = partial(figures_groups.variants, models)
+    caption = "Drop from common to counter for every way of asking; balanced over classes, unbalanced over photos."
+    section.plots.append(Plot("shift_variants", draw, caption))
+    first, second = PAIR
+    headers = ["asked", "prompts", "candidates", first, second, "drop (points)", "change", f"{first}, unbalanced",
+               f"{second}, unbalanced", "unbalanced drop", "change"]  # fmt: skip
+    for name, ways in models.items():
+        rows = [_way_row(way, PAIR) for way in ways]
+        section.tables.append(Table(headers, rows, f"{name}, n = {ways[0]['num_images']:,}"))
+    section.notes = [
+        "Change: against the first row, paired by photo; 95 % over classes and photos, unbalanced over photos. "
+        "Candidates: the labels among which the model chooses."
+    ]
+    return section
+
+
+def _way_row(way: Record, pair: tuple[str, str]) -> list[Any]:
+    row: list[Any] = [way["variant"], way["prompts"] or "–", way["candidates"] or "–"]
+    for kind, change in (("balanced", "change"), ("unbalanced", "unbalanced_change")):
+        row += [say.percent(way[f"{kind}_{group}"]) for group in pair]
+        row.append((say.signed(way[f"{kind}_drop_pp"], ".1f"),
+                    say.span(way[f"{kind}_low_pp"], way[f"{kind}_high_pp"]), False))  # fmt: skip
+        value = way[f"{change}_pp"]
+        row.append("–" if value is None else (
+            say.signed(value), say.span(way[f"{change}_low_pp"], way[f"{change}_high_pp"], "+.1f"), False
+        ))  # fmt: skip
+    return row
 
 
 def join(numbers: Numbers) -> Section:
