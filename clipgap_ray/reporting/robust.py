@@ -18,6 +18,7 @@ from clipgap_ray.reporting.study import Predictions, Run, Study, positions
 from clipgap_ray.reporting.tables import Record
 
 MAX_DRAWS = 1000
+SAME_ARM = ("split", "objective", "train_on", "model", "num_samples_seen")
 
 
 @dataclass(frozen=True)
@@ -122,18 +123,17 @@ def _fitted(
 def _points(study: Study, records: list[Record], test: str) -> list[Record]:
     points = []
     for record in (r for r in records if r["test"] == test):
-        same = ("split", "objective", "train_on", "model", "num_samples_seen")
-        main = tables.lookup(records, test=study.main_test, **{key: record[key] for key in same})
-        if main is None:
+        main = tables.lookup(records, test=study.main_test, **{key: record[key] for key in SAME_ARM})
+        if main is None or not _runs(study, record, test):
             continue
         points.append(
             {
                 "test": test,
                 "arm": record["arm"],
+                **{key: record[key] for key in SAME_ARM},
                 "kind": record["kind"],
                 "supervised": record["objective"] == "supervised",
                 "targeted": record["targeted"],
-                "num_samples_seen": record["num_samples_seen"],
                 "num_seeds": record["num_seeds"],
                 "x": _inside(main["accuracy"], main["num_images"]),
                 "y": _inside(record["accuracy"], record["num_images"]),
@@ -144,6 +144,12 @@ def _points(study: Study, records: list[Record], test: str) -> list[Record]:
             }
         )
     return points
+
+
+def _runs(study: Study, record: Record, test: str) -> list[Run]:
+    """The runs of a record's arm that were evaluated on both sets. Arms go by their keys: labels need not be unique."""
+    arm = next(a for a in tables.arms(study) if all(getattr(a, key) == record[key] for key in SAME_ARM))
+    return [run for run in arm.runs if _both(study, run, test) is not None]
 
 
 def _both(study: Study, run: Run, test: str) -> tuple[Predictions, Predictions] | None:
@@ -158,8 +164,7 @@ def _accuracies(study: Study, run: Run, test: str) -> list[float]:
 
 def _errors(study: Study, test: str, points: list[Record], baselines: list[Run], draws: int, seed: int) -> np.ndarray:
     """(2, m) float64 standard errors of the residuals in points: from the images, and from the seeds (NaN for one)."""
-    arms = {arm.label: arm for arm in tables.arms(study)}
-    runs = [[run for run in arms[point["arm"]].runs if _both(study, run, test) is not None] for point in points]
+    runs = [_runs(study, point, test) for point in points]
     names = list(dict.fromkeys(run.name for run in [*(r for own in runs for r in own), *baselines]))
     rng = np.random.default_rng(seed)
     sides = []

@@ -28,10 +28,9 @@ def root(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for module in (join, discover):
             patch.setattr(module, "render", lambda draw: EMPTY)
-        patch.setattr(report.page, "render", lambda draw: draw(theme.LIGHT) and EMPTY)
+        patch.setattr(report.page, "render", lambda draw: pyplot.close(draw(theme.LIGHT)) or EMPTY)
         add_extras(build_study(folder, pool_rows=160, test_rows=80), draws=5)
         summary = report.run(ReportSettings(study=str(folder), gallery_rows=1, draws=20))
-    pyplot.close("all")
     assert summary.extra["missing"] == {}
     return folder
 

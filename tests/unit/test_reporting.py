@@ -388,7 +388,7 @@ def test_the_same_records_give_the_same_figure(built, study, page) -> None:
 def test_what_is_missing_is_named_in_the_page(built, tmp_path, gone, missing, monkeypatch) -> None:
     monkeypatch.setattr(report.page, "render", lambda draw: draw(theme.LIGHT) and EMPTY)  # draws, writes no bytes
     shutil.copytree(built.root, tmp_path / "s", ignore=shutil.ignore_patterns("report", gone))
-    summary = report.run(ReportSettings(study=str(tmp_path / "s"), gallery_rows=1, draws=50))
+    summary = report.run(ReportSettings(study=str(tmp_path / "s"), gallery_rows=1, draws=5))
     assert set(summary.extra["missing"]) == missing
     html = (tmp_path / "s" / "report" / "index.html").read_text()
     assert html.count("Not shown:") == len(missing)

@@ -44,7 +44,13 @@ def test_percent_and_fractions_mix_and_residuals_are_points(files) -> None:
     assert (files / "out" / "robustness.png").stat().st_size > 5000
 
 
-def test_residuals_stand_beside_other_lines_and_axes(files) -> None:
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Drawing takes longer than everything else here; the first test draws."""
+    monkeypatch.setattr(robustness, "render", lambda draw: {"light.svg": b"", "light.png": b""})
+
+
+def test_residuals_stand_beside_other_lines_and_axes(files, undrawn) -> None:
     robustness.run(settings(files))
     result = json.loads((files / "out" / "robustness.json").read_text())
     clip = result["residuals"][0]
@@ -55,7 +61,7 @@ def test_residuals_stand_beside_other_lines_and_axes(files) -> None:
     assert result["lines"]["logit"]["slope"] == pytest.approx(1.1454, abs=0.001)  # counteranimal.md 3, logit OLS
 
 
-def test_counts_of_images_give_intervals(files) -> None:
+def test_counts_of_images_give_intervals(files, undrawn) -> None:
     for name, n in (("base", 7000), ("clip", 500)):
         lines = (files / f"{name}.csv").read_text().splitlines()
         (files / f"{name}.csv").write_text("\n".join([lines[0] + ",nx,ny", *(f"{line},{n},{n}" for line in lines[1:])]))
