@@ -226,8 +226,8 @@ def _on_selection(result: Record) -> str:
     others = [cell["held_out_drop_pp"] for cell in result["matrix"]
               if cell["discovered_by"] == by != cell["evaluated"] and cell["held_out_drop_pp"] is not None]  # fmt: skip
     text = (
-        f"Backgrounds that {by} chose drop {_points(own['same_photos_drop_pp'])} points on the photos that chose and "
-        f"{_points(own['held_out_drop_pp'])} {say.span(*own['held_out_interval_pp'])} on others: "
+        f"Between backgrounds that {by} chose it drops {_points(own['same_photos_drop_pp'])} points on those photos "
+        f"and {_points(own['held_out_drop_pp'])} {say.span(*own['held_out_interval_pp'])} on others: "
         f"{_points(own['inflation_pp'])} points are selection"
     )
     if others:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -102,9 +103,28 @@ def join(numbers: Numbers) -> Section:
         "equal similarity. Matched: photos of both groups paired on similarity within a class. Small print: 95 % "
         "bootstrap over classes and images. Overlap: share of photos in the common support of both groups, the smaller "
         "group's. This is accounting, not proof of cause: photos that lie farther may also differ otherwise.",
-        *(f"{r['arm']}: {warning}." for r in numbers.joins for warning in r["warnings"]),
+        *_warnings(numbers.joins),
     ]
     return section
+
+
+NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
+
+
+def _warnings(results: list[Record]) -> list[str]:
+    """Every warning once, with the arms that it is about and the range of its number: fifteen alike say no more."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for result in results:
+        for warning in result["warnings"]:
+            found.setdefault(NUMBER.sub("\0", warning, count=1), []).append((result["arm"], warning))
+    lines = []
+    for text, cases in found.items():
+        arms = ", ".join(dict.fromkeys(arm for arm, _ in cases))
+        numbers = [match[0] for _, warning in cases if (match := NUMBER.search(warning))]
+        ends = [min(numbers, key=float), max(numbers, key=float)] if numbers else []
+        shown = " to ".join(dict.fromkeys(ends)).replace("-", "−")
+        lines.append(f"{arms}: {text.replace(chr(0), shown)}.")
+    return lines
 
 
 def _joined_row(result: Record) -> list[Any]:

@@ -53,11 +53,18 @@ def _label(built: Built) -> str:
 def _join(built: Built, attributes: str, draws: int) -> None:
     runs = {"full": "full-s0", "gap-val": "gap-val-s0", **{f"sup{i}": f"supervised-{i}" for i in range(3)}}
     words = tuple(f"{name}={built.root}/eval/{run}/{TEST}.parquet" for name, run in runs.items())
+    rng = np.random.default_rng(9)
+    nearest, counter = built.similarity[TEST].max(axis=1), np.array(built.tests[TEST].groups) == "counter"
+    for part, farther in (("foreground", 0.0), ("background", 0.08)):
+        values = nearest - 0.05 - farther * counter + rng.normal(0, 0.01, len(nearest))
+        table = pa.table({"uid": built.tests[TEST].uids, "similarity": values})
+        store.write_table(str(built.root / f"scores-{part}.parquet"), table)
     join.run(
         DropJoinSettings(
             predictions=words, scores=(f"{built.root}/scores/queries/{TEST}.parquet",), test=TEST, draws=draws,
             out=str(built.root / "join"), pool=str(built.root / "embed" / "pool"), neighbours=5,
             attributes=attributes, pool_attributes=str(built.root / "labels-pool"), baseline=("sup0", "sup1", "sup2"),
+            parts=tuple(f"{part}={built.root}/scores-{part}.parquet" for part in ("foreground", "background")),
         )
     )  # fmt: skip
 

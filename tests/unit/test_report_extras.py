@@ -57,6 +57,9 @@ def test_numbers_of_the_sections_are_those_of_the_commands(root, page) -> None:
     assert f"{100 * groups[0]['names_class']:.0f}\u00a0% for common" in section(page, "neighbours")
     matched = next(m for m in joined["adjusted_robustness"]["models"] if m["model"] == "gap-val")
     assert f"{abs(matched['matched_residual_pp']):.1f}" in section(page, "neighbours")
+    count = joined["models"]["full"]["similarity_parts"]["num_images"]
+    said = f"full: the groups differ in background (95 % interval), on {count} photos"
+    assert said in section(page, "neighbours")
     chosen = json.loads((root / "discover" / "discover.json").read_text())["models"]["full"]
     assert f"{abs(chosen['inflation_pp']):.1f}" in section(page, "selection")
     agreed = pq.read_table(root / "report" / "tables" / "encoder_agreement.parquet").to_pylist()

@@ -27,6 +27,7 @@ from clipgap_ray.reporting import (
     joined,
     planted,
     robust,
+    sections_groups,
     similarity,
     tables,
     theme,
@@ -206,6 +207,13 @@ def test_the_join_takes_every_arm_beside_what_it_was_trained_on(built, study) ->
     line = joined.flat(records["full"])
     assert line["drop_pp"] == pytest.approx(tables.group_shift(study, 20, 0)[0]["drop"]["drop_pp"])
     assert records["full"]["arm"] in conclusions.on_join(list(records.values()))
+
+
+def test_warnings_that_many_models_share_are_said_once() -> None:
+    results = [{"arm": "a-b", "warnings": ["they miss the drop by +1.4 points: no", "no share"]},
+               {"arm": "c", "warnings": ["they miss the drop by -2.0 points: no"]}]  # fmt: skip
+    said = sections_groups._warnings(results)
+    assert said == ["a-b, c: they miss the drop by −2.0 to +1.4 points: no.", "a-b: no share."]
 
 
 # --- galleries -------------------------------------------------------------------------------------------
