@@ -17,6 +17,7 @@ class CutoutSettings(Settings):
     """Folder of the masks, PNG of the photos' sizes: the photo CLASS/GROUP/x.jpg has CLASS/GROUP/x.jpg.png or
     CLASS/GROUP/x.png; pixels above 0 are the animal."""
     out: str
-    """Directory for foreground/NAME and background/NAME, test sets of the same layout, name and uids as the source."""
+    """Directory for foreground/NAME and background/NAME, test sets of the same layout, name and uids as the source;
+    running again continues it."""
     quality: pydantic.PositiveInt = 95
     """Of the JPEGs."""

@@ -50,7 +50,9 @@ class GroupCounts:
         """
         missing = [name for name in pair if name not in self.groups]
         if missing:
-            raise ValueError(f"no photos of group {missing[0]!r}; groups are {', '.join(self.groups)}")
+            raise ValueError(
+                f"no photos of group {missing[0]!r}; groups are {', '.join(name or '(none)' for name in self.groups)}"
+            )
         return [self.groups.index(name) for name in pair]
 
 

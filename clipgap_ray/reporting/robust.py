@@ -179,10 +179,8 @@ def _errors(study: Study, test: str, points: list[Record], baselines: list[Run],
     def residuals(columns: list[list[int]]) -> np.ndarray:
         """(1 + draws, m) residuals of models that are means over runs."""
         x, y = (np.stack([side[:, own].mean(axis=1) for own in columns], axis=1) for side in sides)
-        inside = [
-            _all_inside(values, n) for values, n in zip((x, y, *(s[:, base] for s in sides)), count * 2, strict=True)
-        ]
-        return robustness.residual_samples_pp(*inside)
+        base_x, base_y = (_all_inside(side[:, base], n) for side, n in zip(sides, count, strict=True))
+        return robustness.residual_samples_pp(_all_inside(x, count[0]), _all_inside(y, count[1]), base_x, base_y)
 
     per_arm = residuals([[place[run.name] for run in own] for own in runs])[1:]
     per_run = residuals([[place[run.name]] for own in runs for run in own])[0]

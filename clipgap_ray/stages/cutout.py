@@ -3,13 +3,14 @@
 Reads: a test set (a tree of folders) and a folder of masks. Writes: OUT/foreground/NAME (the animal on grey) and
 OUT/background/NAME (the animal replaced by what is around it), trees like the source's with the same file names, so
 that every cut photo has the uid of its photo; OUT/skipped.csv and OUT/summary.json. Photos without a usable mask are
-in neither and counted. Unit of restart: the command. Needs no Ray.
+in neither and counted. Unit of restart: one folder of the tree; a folder that is done is not cut again, so masks that
+come later need another --out. Needs no Ray.
 """
 
 from __future__ import annotations
 
 import io
-import time
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,7 +21,7 @@ from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.kernels import cutout
 from clipgap_ray.reporting.page import csv_bytes
 from clipgap_ray.shards import Sample
-from clipgap_ray.sources import suffix_of
+from clipgap_ray.sources import Shard, suffix_of
 from clipgap_ray.stages.session import Progress
 
 PARTS = {"foreground": cutout.foreground, "background": cutout.background}
@@ -39,7 +40,6 @@ def run(settings: CutoutSettings) -> rundir.Summary:
         ConfigError: If the test set is no tree of folders, or lies where the output would.
         DataError: If no photo has a mask.
     """
-    started = time.monotonic()
     source = settings.source.rstrip("/")
     test_set = testsets.open_test_set(source)
     if test_set.layout not in ("counteranimal", "folder"):
@@ -47,38 +47,46 @@ def run(settings: CutoutSettings) -> rundir.Summary:
             f"{source} is read as {test_set.layout}: its uids would change with its files",
             hint="cutout takes CounterAnimal's tree, or a folder per class",
         )
-    name = source.rsplit("/", 1)[-1]
-    trees = {part: store.join(settings.out, part, name) for part in PARTS}
+    trees = {part: store.join(settings.out, part, source.rsplit("/", 1)[-1]) for part in PARTS}
     if source in trees.values():
         raise ConfigError(f"--out {settings.out} would overwrite the test set itself", hint="choose another --out")
+    guarded = {name: value for name, value in settings.fingerprint().items() if name != "out"}
+    with rundir.RunDirectory(settings.out, "cutout", guarded) as directory:
+        numbers = rundir.assign_parts(directory.uri, [shard.name for shard in test_set.shards])
+        todo = [shard for shard in test_set.shards if numbers[shard.name] not in directory.log.records]
+        progress = Progress("cutout", len(test_set.shards), "folders", len(test_set.shards) - len(todo))
+        for shard in todo:
+            directory.log.append([{"part": numbers[shard.name], **_cut(settings, trees, test_set, shard)}])
+            progress.advance()
+        progress.close()
+        records = directory.log.records.values()
+        skipped = [line for record in records for line in record["skipped"]]
+        if not any(record["kept"] for record in records):
+            raise DataError(
+                f"no photo of {source} could be cut: {_counts(skipped) or 'it has no photos'}",
+                hint=f"masks lie at {settings.masks}/<folder>/<file>.png; choose another --out for other masks",
+            )
+        if test_set.layout == "counteranimal":
+            for tree in trees.values():
+                store.write_bytes(store.join(tree, NAMES), store.read_bytes(store.join(source, NAMES)))
+        if skipped:
+            store.write_bytes(directory.path("skipped.csv"), csv_bytes(skipped))
+        return directory.finish({"source": source, "trees": trees}, trees=trees)
+
+
+def _cut(settings: CutoutSettings, trees: dict[str, str], test_set: testsets.TestSet, shard: Shard) -> dict[str, Any]:
+    """Cut the photos of one folder; returns its commit record."""
     skipped, kept = [], 0
-    progress = Progress("cutout", len(test_set.shards), "folders")
-    for shard in test_set.shards:
-        for item in test_set.read(shard):
-            if isinstance(item, Sample):
-                try:
-                    _write(settings, trees, item)
-                    kept += 1
-                except NoMaskError as error:
-                    skipped.append({"key": item.key, "reason": str(error)})
-            elif item.is_sample:
-                skipped.append({"key": item.key, "reason": item.reason})
-        progress.advance()
-    progress.close()
-    if not kept:
-        raise DataError(
-            f"no photo of {source} could be cut: {_counts(skipped) or 'it has no photos'}",
-            hint=f"masks lie at {settings.masks}/<folder>/<file>.png",
-        )
-    if test_set.layout == "counteranimal":
-        for tree in trees.values():
-            store.write_bytes(store.join(tree, NAMES), store.read_bytes(store.join(source, NAMES)))
-    if skipped:
-        store.write_bytes(store.join(settings.out, "skipped.csv"), csv_bytes(skipped))
-    summary = rundir.Summary("cutout", kept + len(skipped), kept, _counts(skipped), seconds=time.monotonic() - started)
-    summary.extra["trees"] = trees
-    store.write_json(store.join(settings.out, "summary.json"), summary.as_dict())
-    return summary
+    for item in test_set.read(shard):
+        if isinstance(item, Sample):
+            try:
+                _write(settings, trees, item)
+                kept += 1
+            except NoMaskError as error:
+                skipped.append({"key": item.key, "reason": str(error)})
+        elif item.is_sample:
+            skipped.append({"key": item.key, "reason": item.reason})
+    return {"read": kept + len(skipped), "kept": kept, "dropped": _counts(skipped), "skipped": skipped}
 
 
 def _counts(skipped: list[dict[str, str]]) -> dict[str, int]:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from clipgap_ray import testsets
 from clipgap_ray.config.cutout import CutoutSettings
-from clipgap_ray.errors import ConfigError, DataError
+from clipgap_ray.errors import ConfigError, DataError, StaleOutputError
 from clipgap_ray.kernels import cutout as kernel
 from clipgap_ray.stages import cutout
 
@@ -90,6 +90,10 @@ def test_cut_photos_keep_their_uids_and_the_rest_is_counted(tree) -> None:
         centre, corner = tuple(values[12, 12]), tuple(values[0, 0])
         assert (centre, corner) == ((FOX, (kernel.GREY,) * 3) if part == "foreground" else (GRASS, GRASS))
     assert len((tree / "cut" / "skipped.csv").read_text().splitlines()) == 7
+    again = cutout.run(settings(tree))
+    assert (again.kept, again.parts_skipped) == (2, 1)
+    with pytest.raises(StaleOutputError, match="quality"):
+        cutout.run(settings(tree, quality=50))
 
 
 def _samples(folder: Path) -> list:
@@ -99,7 +103,7 @@ def _samples(folder: Path) -> list:
 
 def test_sets_that_cannot_be_cut_are_refused(tree, tmp_path) -> None:
     with pytest.raises(DataError, match=r"could be cut: \{'no_mask': 7"):
-        cutout.run(settings(tree, masks=str(tmp_path / "nowhere")))
+        cutout.run(settings(tree, masks=str(tmp_path / "nowhere"), out=str(tmp_path / "none")))
     (tmp_path / "m.csv").write_text("path,class_name\na.png,fox\n")
     with pytest.raises(ConfigError, match="read as manifest"):
         cutout.run(settings(tree, source=str(tmp_path / "m.csv")))
