@@ -254,11 +254,13 @@ class Study:
         for name, recipe in self.recipes().items():
             records.append({"artefact": f"splits/{name}", "digest": store.digest(recipe)})
         for run in self.runs:
-            for test in self.tests:
-                path = self.path("eval", run.name, f"{test}.parquet")
+            results = [("eval", name) for test in self.tests for name in (test, *self.ways(run.name, test))]
+            results += [(folder, f"{test}.fewshot") for folder in ("probes", "linear") for test in self.tests]
+            for folder, name in results:
+                path = self.path(folder, run.name, f"{name}.parquet")
                 if store.exists(path):
                     digest = store.sha256(store.read_bytes(path))
-                    records.append({"artefact": f"eval/{run.name}/{test}", "digest": digest})
+                    records.append({"artefact": f"{folder}/{run.name}/{name}", "digest": digest})
         for folder in ("agreement", "join", "discover"):
             for name, result in self.results(folder, f"{folder}.json").items():
                 records.append({"artefact": "/".join(filter(None, (folder, name))), "digest": store.digest(result)})

@@ -65,6 +65,7 @@ def test_a_result_says_how_it_was_asked() -> None:
 
 def test_a_study_s_further_results_stand_beside_the_first(root) -> None:
     study = Study.open(str(root))
+    assert f"eval/full-s1/{TEST}-1v20" in {record["artefact"] for record in study.digests()}
     records = variants.of_study(study, 50, 0)
     # Only one of the cut's two seeds was asked again: no mean over seeds, so no row.
     assert [(r["arm"], r["variant"]) for r in records] == [("full", variants.FIRST), ("full", "1v20")]
