@@ -50,6 +50,7 @@ VERBS = {
     "attributes": Verb("groups:AttributesSettings", "stages.attributes:run", "label backgrounds by zero-shot"),
     "discover": Verb("groups:DiscoverSettings", "stages.discover:run", "groups by accuracy, without selection's gain"),
     "join": Verb("join:DropJoinSettings", "stages.join:run", "how much of a drop is distance from the training pool"),
+    "cutout": Verb("cutout:CutoutSettings", "stages.cutout:run", "photos by masks: the animal alone, and without it"),
     "agreement": Verb("join:AgreementSettings", "stages.agreement:run", "do two encoders prune the same rows?"),
     "robustness": Verb("robustness:RobustnessSettings", "stages.robustness:run", "effective robustness of models"),
     "run": Verb("study:RunSettings", "stages.study:run", "run a whole study from a YAML file"),

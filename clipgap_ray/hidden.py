@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from clipgap_ray import blocklist
+import pyarrow as pa
+
+from clipgap_ray import blocklist, schema
 from clipgap_ray.config.hide import HideRule, parse_hide_rule
 
 
@@ -32,6 +34,15 @@ class Hidden:
         return next((f"hidden by {rule.text}" for rule in self.rules if rule.hides(facts)), "")
 
 
-def read_hidden(uri: str, rules: tuple[str, ...] = ()) -> Hidden:
-    """Read a takedown list ("" is none) and the rules beside it."""
-    return Hidden(blocklist.read(uri) if uri else None, tuple(parse_hide_rule(rule) for rule in rules))
+def read_hidden(uri: str, rules: tuple[str, ...] = (), columns: pa.Schema = schema.METADATA) -> Hidden:
+    """Read a takedown list ("" is none) and the rules beside it.
+
+    Args:
+        uri: The list.
+        rules: The rules.
+        columns: Of the metadata that the rules are about.
+
+    Raises:
+        ConfigError: If a rule names none of the columns, or does not fit its column.
+    """
+    return Hidden(blocklist.read(uri) if uri else None, tuple(parse_hide_rule(rule, columns) for rule in rules))

@@ -57,7 +57,8 @@ class AuditSettings(Settings):
     blocklist: str = ""
     """Takedown list as `embed` takes it: the page shows no sample whose uid, sha256 or url it names."""
     hide: tuple[str, ...] = ()
-    """Further samples that the page does not show, by their metadata: `caption~REGEX`, `clip_score<0.1`."""
+    """Further samples that the page does not show, by any column of the pool's metadata: `caption~REGEX`,
+    `clip_score<0.1`, `punsafe>0.5` where the pool has such a column."""
     fail_on: tuple[str, ...] = ()
     """Rules such as dup_rate>0.001; exit code 4 when one holds for any test set. Metrics: dup_rate (bytes, similarity
     or hash), exact_rate, hash_rate, caption_rate (normalised caption occurs in the pool), closer_rate (closer to the
@@ -77,7 +78,7 @@ class AuditSettings(Settings):
         for rule in self.fail_on:
             parse_rule(rule)
         for rule in self.hide:
-            parse_hide_rule(rule)
+            parse_hide_rule(rule, None)
         return self
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 from clipgap_ray import schema
 from clipgap_ray.errors import ConfigError
 
-RULE = re.compile(r"(?P<column>[a-z_0-9]+)\s*(?P<sign>[<>~])\s*(?P<value>.+)\Z", re.S)
+RULE = re.compile(r"(?P<column>[A-Za-z_0-9]+)\s*(?P<sign>[<>~])\s*(?P<value>.+)\Z", re.S)
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,22 @@ class HideRule:
         return bool(found < self.value if self.sign == "<" else found > self.value)
 
 
-def parse_hide_rule(text: str) -> HideRule:
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
+def parse_hide_rule(text: str, columns: pa.Schema | None = schema.METADATA) -> HideRule:
     """Read a rule.
+
+    Args:
+        text: The rule.
+        columns: The metadata that it is about: a pool may have more than `embed` writes. None where it is not opened
+            yet: a column that `embed` does not write is then taken as given, a text for `~` and a number for `<` and
+            `>`.
 
     Raises:
         ConfigError: If it is none, names no column of the metadata, or its value does not fit the column.
@@ -43,11 +57,13 @@ def parse_hide_rule(text: str) -> HideRule:
     if match is None:
         raise ConfigError(f"--hide {text!r} is no rule", hint="for example 'caption~nsfw|gore' or 'clip_score<0.1'")
     column, sign, value = match.groups()
-    if column not in schema.METADATA.names:
-        raise ConfigError(f"--hide {text!r}: no column {column!r}", hint=f"columns: {', '.join(schema.METADATA.names)}")
-    kind = schema.METADATA.field(column).type
-    if (sign == "~") != pa.types.is_string(kind):
-        raise ConfigError(f"--hide {text!r}: {column} is {kind}", hint="~ is for texts, < and > are for numbers")
+    known = schema.METADATA if columns is None else columns
+    if column in known.names:
+        kind = known.field(column).type
+        if not (_is_text(kind) if sign == "~" else _is_number(kind)):
+            raise ConfigError(f"--hide {text!r}: {column} is {kind}", hint="~ is for texts, < and > are for numbers")
+    elif columns is not None:
+        raise ConfigError(f"--hide {text!r}: no column {column!r}", hint=f"columns: {', '.join(columns.names)}")
     try:
         return HideRule(text, column, sign, re.compile(value, re.IGNORECASE) if sign == "~" else float(value))
     except (re.error, ValueError) as error:

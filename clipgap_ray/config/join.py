@@ -6,6 +6,7 @@ from typing import Self
 
 import pydantic
 
+from clipgap_ray import schema
 from clipgap_ray.config.base import Settings
 from clipgap_ray.errors import ConfigError
 
@@ -47,6 +48,10 @@ class DropJoinSettings(Settings):
     pool_attributes: str = ""
     """Output of `clipgap attributes` for --pool: adds how common the groups' backgrounds are there, against the
     drops."""
+    parts: tuple[str, ...] = ()
+    """The same photos cut apart and scored against the same pool, NAME=SCORES (or a query table): foreground=... (the
+    animal alone), background=... (the animal removed), as `clipgap cutout` writes the sets. Adds how much the groups
+    differ in each similarity, and how much of the drop it explains."""
     baseline: tuple[str, ...] = ()
     """Models of --predictions that make the robustness line; adds every model's distance from it, before and after
     matching on similarity."""
@@ -67,6 +72,14 @@ class DropJoinSettings(Settings):
         for name in ("predictions", "scores", "column"):
             if not getattr(self, name):
                 raise ConfigError(f"join needs --{name}", hint="see `clipgap join --help`")
+        if "whole" in schema.named(self.parts, "--parts"):
+            raise ConfigError(
+                "--parts whole=...: the whole photos are --scores", hint="name it foreground or background"
+            )
+        if self.parts and len({word.rpartition("=")[2] for word in self.scores}) > 1:
+            raise ConfigError(
+                "--parts are scored against one pool, --scores names several", hint="run join once for every pool"
+            )
         if not 0 <= self.min_overlap <= 1:
             raise ConfigError(f"--min-overlap {self.min_overlap:g} is no share: expected 0 to 1")
         return self

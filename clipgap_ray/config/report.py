@@ -23,7 +23,8 @@ class ReportSettings(Settings):
     blocklist: str = ""
     """Takedown list as `embed` takes it: no gallery shows a sample whose uid, sha256 or url it names."""
     hide: tuple[str, ...] = ()
-    """Further samples that no gallery shows, by their metadata: `caption~REGEX`, `clip_score<0.1`, `width>4000`."""
+    """Further samples that no gallery shows, by any column of the pool's metadata: `caption~REGEX`, `clip_score<0.1`,
+    `punsafe>0.5` where the pool has such a column."""
     bin_width: pydantic.PositiveFloat = 0.05
     """Width of the similarity bins; the paper's is 0.05. Narrower ones are taken where no test set fills four."""
     draws: pydantic.PositiveInt = 2000
@@ -35,5 +36,5 @@ class ReportSettings(Settings):
     @classmethod
     def _rules(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for rule in value:
-            parse_hide_rule(rule)
+            parse_hide_rule(rule, None)
         return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import pydantic
 import tyro
 
 from clipgap_ray.config.base import Settings
@@ -30,5 +31,10 @@ class RobustnessSettings(Settings):
     """Column with the number of images behind x; with it 0 and 100 % become (h + 1/2) / (n + 1)."""
     y_n: str = ""
     """Likewise for y."""
+    draws: pydantic.PositiveInt = 2000
+    """Samples behind the residuals' intervals, which need --x-n and --y-n: accuracies are drawn anew for models and
+    baselines, and the line is fitted to each draw."""
+    seed: int = 0
+    """Seed of the draws."""
     unit: Literal["auto", "percent", "fraction"] = "auto"
     """auto: a file with any value above 1 holds percent; which was found is printed and stored."""

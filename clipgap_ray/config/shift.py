@@ -7,6 +7,7 @@ from typing import Self
 import pydantic
 
 from clipgap_ray.config.base import Settings
+from clipgap_ray.config.predictions import prediction_files, variant_files
 from clipgap_ray.errors import ConfigError
 
 
@@ -14,12 +15,16 @@ class ShiftSettings(Settings):
     """Accuracy per class and group, and the drop from the first group to the second, with intervals."""
 
     out: str
-    """Directory for shift.json, per_class.csv and shift.svg."""
+    """Directory for shift.json, per_class.csv and shift.svg; with --variants also variants.csv and variants.svg."""
     predictions: tuple[str, ...] = ()
     """Per-sample predictions of `clipgap evaluate`: FILE.parquet, or NAME=FILE.parquet for several models."""
     table: str = ""
     """CSV with a row per class: `label`, `n_<first>`, `n_<second>` and, per model, `<MODEL>_c` and `<MODEL>_k`
     (accuracies of the first and second group, in percent or fractions)."""
+    variants: tuple[str, ...] = ()
+    """Further predictions of the same photos by the same models, asked with other prompts or candidates:
+    MODEL:VARIANT=FILE.parquet, as `evaluate --candidates-k` and `--templates` leave them. They stand beside the model's
+    --predictions, balanced and unbalanced, with the change of the drop paired by photo."""
     groups: tuple[str, str] = ("common", "counter")
     """The group expected to be easy, then the hard one: drop = first - second."""
     draws: pydantic.PositiveInt = 2000
@@ -31,4 +36,7 @@ class ShiftSettings(Settings):
     def _one_input(self) -> Self:
         if bool(self.predictions) == bool(self.table):
             raise ConfigError("shift needs --predictions or --table, and not both", hint="see `clipgap shift --help`")
+        if self.variants and not self.predictions:
+            raise ConfigError("--variants are compared with --predictions, photo by photo; a --table has no photos")
+        variant_files(self.variants, list(prediction_files(self.predictions)))
         return self

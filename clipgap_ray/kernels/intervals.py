@@ -55,6 +55,25 @@ def resample_hits(hits: np.ndarray, totals: np.ndarray, draws: int, rng: np.rand
     return rng.binomial(totals, rate, size=(draws, *totals.shape))
 
 
+def resampled_means(outcomes: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Bootstrap images jointly: every draw takes the same images for all models, so that what they share cancels.
+
+    Args:
+        outcomes: (r, n) bool or float, r models on the same n images, n >= 1.
+        draws: Bootstrap samples.
+        rng: Source of randomness.
+
+    Returns:
+        (draws, r) float64 mean outcomes.
+    """
+    values = np.asarray(outcomes, np.float64)
+    count = values.shape[1]
+    means = np.empty((draws, len(values)))
+    for draw in range(draws):  # n x draws weights at once would be gigabytes for ImageNet
+        means[draw] = values @ np.bincount(rng.integers(0, count, count), minlength=count) / count
+    return means
+
+
 def resample_classes(num_classes: int, draws: int, rng: np.random.Generator) -> np.ndarray:
     """Bootstrap classes: (draws, num_classes) int64 positions drawn with replacement."""
     return rng.integers(0, num_classes, size=(draws, num_classes))

@@ -8,6 +8,7 @@ against counter (section 3). Ordinary least squares by statsmodels; accuracies a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,7 @@ import statsmodels.api as sm
 from scipy import special
 
 Axes = Literal["probit", "logit", "linear"]
+AXES: tuple[Axes, ...] = ("probit", "logit", "linear")
 CLIP_AT = 1e-3  # without counts 0 and 1 become 0.1 and 99.9 %: the ends of the axes that papers print
 
 
@@ -173,3 +175,39 @@ def leave_one_out(x: np.ndarray, y: np.ndarray, axes: Axes = "probit") -> list[t
         line = fit(x[others], y[others], axes)
         result.append((line, float(residuals_pp(line, x[[left_out]], y[[left_out]])[0])))
     return result
+
+
+def residual_range_pp(lines: Sequence[Line], x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the smallest and the largest residual of (n,) models over several lines: two (n,) float64 in points.
+
+    Raises:
+        ValueError: Without a line.
+    """
+    if not lines:
+        raise ValueError("a range needs at least one line")
+    found = np.stack([residuals_pp(line, x, y) for line in lines])
+    return found.min(axis=0), found.max(axis=0)
+
+
+def residual_samples_pp(
+    x: np.ndarray, y: np.ndarray, baselines_x: np.ndarray, baselines_y: np.ndarray, axes: Axes = "probit"
+) -> np.ndarray:
+    """Refit the line in every bootstrap sample and measure the models from it: luck of the images, line included.
+
+    Args:
+        x: (draws, m) float64 accuracies of m models on the usual set, inside (0, 1) unless axes are linear.
+        y: (draws, m) likewise on the shifted set.
+        baselines_x: (draws, b) of the baselines, b >= 2.
+        baselines_y: (draws, b) likewise.
+        axes: Where the line is straight.
+
+    Returns:
+        (draws, m) float64 residuals in points; NaN where all baselines of a draw have one accuracy.
+    """
+    at, to = to_axis(baselines_x, axes), to_axis(baselines_y, axes)
+    centre, height = at.mean(axis=1, keepdims=True), to.mean(axis=1, keepdims=True)
+    spread = ((at - centre) ** 2).sum(axis=1, keepdims=True)
+    product = ((at - centre) * (to - height)).sum(axis=1, keepdims=True)
+    slope = np.divide(product, spread, out=np.full(spread.shape, np.nan), where=spread > 0)
+    predicted = from_axis(height + slope * (to_axis(x, axes) - centre), axes)
+    return 100 * (np.asarray(y, np.float64) - predicted)

@@ -50,7 +50,9 @@ class GroupCounts:
         """
         missing = [name for name in pair if name not in self.groups]
         if missing:
-            raise ValueError(f"no photos of group {missing[0]!r}; groups are {', '.join(self.groups)}")
+            raise ValueError(
+                f"no photos of group {missing[0]!r}; groups are {', '.join(name or '(none)' for name in self.groups)}"
+            )
         return [self.groups.index(name) for name in pair]
 
 
@@ -60,7 +62,7 @@ def count(classes: Sequence[str], groups: Sequence[str], correct: np.ndarray) ->
     Args:
         classes: n class names.
         groups: n group names.
-        correct: (n,) bool.
+        correct: (n,) bool, or float in [0, 1]: the mean over seeds.
 
     Returns:
         Counts with classes and groups in sorted order.
@@ -70,8 +72,8 @@ def count(classes: Sequence[str], groups: Sequence[str], correct: np.ndarray) ->
     shape = (len(class_names), len(group_names))
     cell = class_at * shape[1] + group_at
     totals = np.bincount(cell, minlength=shape[0] * shape[1]).reshape(shape)
-    hits = np.bincount(cell[np.asarray(correct, bool)], minlength=shape[0] * shape[1]).reshape(shape)
-    return GroupCounts(hits.astype(np.float64), totals, tuple(map(str, class_names)), tuple(map(str, group_names)))
+    hits = np.bincount(cell, np.asarray(correct, np.float64), minlength=shape[0] * shape[1]).reshape(shape)
+    return GroupCounts(hits, totals, tuple(map(str, class_names)), tuple(map(str, group_names)))
 
 
 def from_accuracies(
@@ -158,6 +160,65 @@ def summarise(
         "num_classes_second_larger": int((totals[:, 1] > totals[:, 0]).sum()),
         "classes": _class_records(counts, pair),
         "classes_left_out": [name for name, kept in zip(counts.classes, both.tolist(), strict=True) if not kept],
+    }
+
+
+def change(
+    classes: Sequence[str],
+    groups: Sequence[str],
+    before: np.ndarray,
+    after: np.ndarray,
+    rng: np.random.Generator,
+    pair: Sequence[str] = PAIR,
+    draws: int = 2000,
+) -> dict[str, Any]:
+    """Compare the drops of one model under two ways of asking (prompts, candidates) on the same photos.
+
+    Paired: a photo is resampled with both outcomes, so that what both ways find easy or hard cancels.
+
+    Args:
+        classes: n class names.
+        groups: n group names; photos of further groups are left out, and so are classes that lack one of the pair.
+        before: (n,) bool, or float in [0, 1] (mean over seeds): correct, asked the first way.
+        after: (n,) likewise, asked the second way, same photos in the same order.
+        rng: For the bootstraps.
+        pair: The group expected to be easy, then the hard one.
+        draws: Bootstrap samples.
+
+    Returns:
+        `num_photos`; `drop_change_pp`, the balanced drop after minus before, with `interval_pp` over classes and
+        photos; `unbalanced_change_pp` with `unbalanced_interval_pp` over photos.
+
+    Raises:
+        ValueError: If a group is missing or no class has photos in both.
+    """
+    # Means over s seeds differ by multiples of 1 / s: a handful of values, so counts of them say everything.
+    delta = np.round(np.asarray(after, np.float64) - np.asarray(before, np.float64), 9)
+    values, value_at = np.unique(delta, return_inverse=True)
+    counted = [count(classes, groups, value_at == at) for at in range(len(values))]
+    at = counted[0].columns(pair)
+    totals = counted[0].totals[:, at]
+    both = np.all(totals > 0, axis=1)
+    if not both.any():
+        raise ValueError(f"no class has photos in both {pair[0]!r} and {pair[1]!r}")
+    totals = totals[both]
+    counts = np.stack([one.hits[both][:, at] for one in counted], axis=-1)
+    drawn = rng.multinomial(totals, counts / totals[..., None], size=(draws, *totals.shape)) @ values
+    sums = counts @ values
+    per_class = drawn / totals
+    picked = intervals.resample_classes(len(totals), draws, rng)
+    two_stage = np.take_along_axis(per_class, picked[:, :, None], axis=1).mean(axis=1)
+    pooled = drawn.sum(axis=1) / totals.sum(axis=0)
+
+    def drop_pp(sides: np.ndarray) -> np.ndarray:
+        return 100 * (sides[..., 0] - sides[..., 1])
+
+    return {
+        "num_photos": int(totals.sum()),
+        "drop_change_pp": float(drop_pp((sums / totals).mean(axis=0))),
+        "interval_pp": intervals.percentile_interval(drop_pp(two_stage)).tolist(),
+        "unbalanced_change_pp": float(drop_pp(sums.sum(axis=0) / totals.sum(axis=0))),
+        "unbalanced_interval_pp": intervals.percentile_interval(drop_pp(pooled)).tolist(),
     }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from clipgap_ray.reporting.figures import names_in_order
-from clipgap_ray.reporting.tables import Record, RobustnessPanel, lookup
+from clipgap_ray.reporting.robust import RobustnessPanel
+from clipgap_ray.reporting.tables import Record, lookup
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -176,13 +177,17 @@ def on_robustness(panels: list[RobustnessPanel], main_test: str) -> str:
         return "Only baselines have been evaluated."
     full = [point for point in models if point["kind"] == "full"] or models
     best = max(full, key=lambda point: point["residual_pp"])
-    text = f"{best['arm']} lies {points(best['residual_pp'])} from the supervised line on {best['test']}"
+    text = f"{best['arm']} lies {points(best['residual_pp'])} {_ends(best)} from the supervised line on {best['test']}"
     cuts = [p for p in models if p["test"] == best["test"] and p["kind"] == "gap-match" and p["targeted"]]
     if cuts:
-        text += f", after {cuts[0]['arm']} {points(cuts[0]['residual_pp'])}"
+        text += f", after {cuts[0]['arm']} {points(cuts[0]['residual_pp'])} {_ends(cuts[0])}"
     outside = sum(bool(point["extrapolates"]) for point in models)
     warning = f" {outside} of {len(models)} points lie outside the baselines' range of {main_test} (hollow)."
     return f"{text} ({seeds([best])})." + (warning if outside else "")
+
+
+def _ends(point: Record) -> str:
+    return span(point["residual_low_pp"], point["residual_high_pp"], "+.1f")
 
 
 def on_gap_check(checks: list[Record]) -> str:
@@ -224,9 +229,11 @@ def on_groups(results: list[Record], exposure: list[Record]) -> str:
     near = next((e for e in exposure if e["test"] == base["test"]), None)
     if near is None:
         return text + "."
+    away = near["difference"] >= 0
+    low, high = (near["low"], near["high"]) if away else (-near["high"], -near["low"])
     return (
-        f"{text}; counter photos lie {near['difference']:.3f} {span(near['low'], near['high'], '.3f')} farther from "
-        f"the pool (P(common nearer) = {near['auc']:.2f})."
+        f"{text}; counter photos lie {abs(near['difference']):.3f} {span(low, high, '.3f')} "
+        f"{'farther from' if away else 'nearer to'} the pool (P(common nearer) = {near['auc']:.2f})."
     )
 
 

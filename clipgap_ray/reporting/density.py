@@ -9,7 +9,6 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from clipgap_ray import store
 from clipgap_ray.reporting.study import Study
 from clipgap_ray.reporting.tables import Record
 from clipgap_ray.reporting.theme import ORANGE, Theme, grid, legend_above
@@ -27,10 +26,9 @@ def neighbour_curves(study: Study) -> list[Record]:
         Records `test, kind, split, k, median_similarity, mean_rows_within` (the last is the mean number of rows within
         0.05 of the hull, None for the reference); none without gaps/diagnostics.json.
     """
-    path = study.path("gaps", "diagnostics.json")
-    if not store.exists(path):
+    found = {(record["split"], record["test"]): record for record in study.diagnostics()}
+    if not found:
         return []
-    found = {(record["split"], record["test"]): record for record in store.read_json(path)}
     records = []
     for test in study.tests:
         kinds = {BEFORE: BEFORE, "gap-match": study.gap_matched(test), REFERENCE: REFERENCE}

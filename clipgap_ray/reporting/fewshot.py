@@ -1,10 +1,13 @@
 """Few-shot and linear-probe curves, pruned against full: accuracy over labelled images per class.
 
 Reads probes/<run>/<test>.fewshot.parquet with the columns `k` (images per class; 0 = all of the reference), `seed` (of
-the draw of shots), `acc1` (fraction) and `num_samples` (test images). Nothing is shown where no run has one.
+the draw of shots), `acc1` (fraction) and `num_samples` (test images), and the same from linear/<run>, where `evaluate
+--task linear-probe` without --shots leaves the probe on all of the reference. Nothing is shown where no run has one.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -18,6 +21,7 @@ from clipgap_ray.reporting.study import Study
 from clipgap_ray.reporting.tables import Record
 from clipgap_ray.reporting.theme import GREEN, ORANGE, PURPLE, VERMILLION, Theme, grid, legend_above
 
+FOLDERS = ("probes", "linear")
 COLUMNS = ("k", "seed", "acc1", "num_samples")
 
 
@@ -34,7 +38,8 @@ def curves(study: Study) -> list[Record]:
     records = []
     for test in study.tests:
         for arm in tables.arms(study):
-            rows = [row for run in arm.runs for row in _rows(study.path("probes", run.name, f"{test}.fewshot.parquet"))]
+            paths = [study.path(folder, run.name, f"{test}.fewshot.parquet") for run in arm.runs for folder in FOLDERS]
+            rows = [row for path in paths for row in _rows(path)]
             for k in sorted({row["k"] for row in rows}, key=lambda k: (k == 0, k)):
                 own = [row for row in rows if row["k"] == k]
                 spread = intervals.over_seeds(np.array([row["acc1"] for row in own]))
@@ -85,11 +90,43 @@ def sentence(records: list[Record], main_test: str, base_split: str) -> str:
     if full is None or not cuts:
         return f"{where}: " + ", ".join(f"{r['arm']} {100 * r['accuracy']:.1f} %" for r in last.values()) + "."
     worst = min(cuts, key=lambda r: r["accuracy"])
-    change = 100 * (worst["accuracy"] - full["accuracy"])
+    change = f"{100 * (worst['accuracy'] - full['accuracy']):+.1f}".replace("-", "−")
+    draws = f"{worst['num_draws']} draw" + ("s" if worst["num_draws"] != 1 else "")
     return (
         f"{where} the full pool's features reach {100 * full['accuracy']:.1f} %, those of {worst['arm']} "
-        f"{100 * worst['accuracy']:.1f} % ({change:+.1f} points, {worst['num_draws']} draws)."
-    ).replace("-", "−")
+        f"{100 * worst['accuracy']:.1f} % ({change} points, {draws})."
+    )
+
+
+def table(records: list[Record], accuracy: list[Record], base_split: str) -> tuple[list[str], list[list[Any]]]:
+    """Return headers and rows: zero-shot, few shots and the linear probe of every arm, with the change against the full
+    pool's features below each.
+
+    Args:
+        records: Of `curves`.
+        accuracy: Of `tables.accuracy`, for zero-shot.
+        base_split: The uncut pool's.
+    """
+    ks = sorted({r["k"] for r in records}, key=lambda k: (k == 0, k))
+    rows: list[list[Any]] = []
+    for test, arm in dict.fromkeys((r["test"], r["arm"]) for r in records):
+        own = {r["k"]: r for r in records if (r["test"], r["arm"]) == (test, arm)}
+        some = next(iter(own.values()))
+        full = {r["k"]: r for r in records if r["test"] == test and r["split"] == base_split and not r["supervised"]}
+        zero = tables.lookup(accuracy, test=test, arm=arm)
+        row: list[Any] = [test, ("◆ " if some["supervised"] else "") + arm, f"{some['num_images']:,}",
+                          "–" if zero is None else f"{100 * zero['accuracy']:.1f}"]  # fmt: skip
+        row += ["–" if k not in own else _cell(own[k], full.get(k)) for k in ks]
+        rows.append(row)
+    names = ["linear probe (all)" if k == 0 else f"{k} per class" for k in ks]
+    return ["test set", "model", "n", "zero-shot", *names], rows
+
+
+def _cell(record: Record, full: Record | None) -> Any:
+    text = f"{100 * record['accuracy']:.1f}" + ("" if record["sd"] is None else f" ± {100 * record['sd']:.1f}")
+    if full is None or full is record:
+        return (text, "", False)
+    return (text, f"Δ {100 * (record['accuracy'] - full['accuracy']):+.1f}".replace("-", "−"), False)
 
 
 def shots(k: int) -> str:

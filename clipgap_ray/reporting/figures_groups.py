@@ -1,4 +1,4 @@
-"""Figure of the discover x evaluate matrix: what is left of a drop when others chose the groups."""
+"""Figures about how a drop was measured: who chose the groups, and how the models were asked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from clipgap_ray.reporting.tables import Record
-from clipgap_ray.reporting.theme import BLUE, Theme, grid
+from clipgap_ray.reporting.theme import BLUE, ORANGE, Theme, grid, legend_above
+
+SHOWN_MODELS = 6  # a figure of more panels is a table
 
 
 def matrix(records: list[Record], models: list[str], theme: Theme) -> Figure:
@@ -61,3 +63,53 @@ def _intervals(axis: Axes, records: list[Record], models: list[str]) -> None:
         place = (models.index(record["evaluated"]), models.index(record["discovered_by"]) + 0.26)
         text = f"[{record['held_out_low_pp']:.1f}, {record['held_out_high_pp']:.1f}]".replace("-", "−")
         axis.text(*place, text, ha="center", va="center", fontsize=8)
+
+
+def jaccards(records: list[Record], theme: Theme) -> Figure:
+    """How much of what a cut removes two encoders have in common, a panel per pair and test set; ticks are chance."""
+    panels = list(dict.fromkeys((r["pair"], r["test"]) for r in records))
+    rows = max(sum((r["pair"], r["test"]) == panel for r in records) for panel in panels)
+    figure, axes = grid(len(panels), height=1.1 + 0.3 * rows, sharex=True)
+    for number, (axis, panel) in enumerate(zip(axes, panels, strict=True)):
+        own = [r for r in records if (r["pair"], r["test"]) == panel]
+        at = -np.arange(len(own), dtype=float)
+        known = [np.nan if r["jaccard"] is None else r["jaccard"] for r in own]
+        chance = [np.nan if r["chance"] is None else r["chance"] for r in own]
+        axis.barh(at, known, 0.62, color=theme.pool, label="removed by both, of what either removes")
+        axis.plot(chance, at, "|", color=ORANGE, ms=13, mew=2.5, label="by chance")
+        axis.set_yticks(at, [r["cut"] for r in own])
+        axis.set_ylim(-len(own) + 0.4, 0.6)
+        axis.set_xlim(0, 1)
+        axis.grid(axis="y", visible=False)
+        axis.set_title(": ".join(filter(None, panel)), fontsize=11)
+        axis.tick_params(labelbottom=True)
+        if number + 3 >= len(panels):
+            axis.set_xlabel("Jaccard index")
+    legend_above(figure, axes[0])
+    return figure
+
+
+def variants(models: dict[str, list[Record]], theme: Theme) -> Figure:
+    """Drop of every way of asking, balanced and unbalanced, a panel per model (the first few)."""
+    shown = dict(list(models.items())[:SHOWN_MODELS])
+    rows = max(len(ways) for ways in shown.values())
+    figure, axes = grid(len(shown), columns=2, height=1.3 + 0.5 * rows, sharex=True)
+    for axis, (name, ways) in zip(axes, shown.items(), strict=True):
+        at = -np.arange(len(ways), dtype=float)
+        for offset, key, colour, label in (
+            (0.13, "balanced", theme.pool, "balanced: every class once"),
+            (-0.13, "unbalanced", ORANGE, "unbalanced: every photo once"),
+        ):
+            low, high = ([w[f"{key}_{end}_pp"] for w in ways] for end in ("low", "high"))
+            axis.hlines(at + offset, low, high, color=colour, lw=1.8)
+            axis.plot([w[f"{key}_drop_pp"] for w in ways], at + offset, "os"[key[0] == "u"], color=colour, ms=6.5,
+                      label=label)  # fmt: skip
+        axis.set_yticks(at, [w["variant"] for w in ways])
+        axis.set_ylim(-len(ways) + 0.4, 0.6)
+        axis.axvline(0, color=theme.faint, lw=1)
+        axis.grid(axis="y", visible=False)
+        axis.set_title(name, fontsize=11)
+        axis.set_xlabel("drop in points, 95 %")
+        axis.tick_params(labelbottom=True)
+    legend_above(figure, axes[0])
+    return figure

@@ -95,6 +95,35 @@ def _title(result: Record) -> str:
     return text.replace("-", "−").replace("+ −", "− ")
 
 
+def similarity_parts(models: dict[str, Record], theme: Theme) -> Figure:
+    """How much the groups differ in the similarity of the whole photo, the animal and the rest, and what each explains
+    of the drop; a row per model and part."""
+    rows = [(name, record) for name, own in models.items() for record in own["parts"]]
+    figure, (left, right) = grid(2, columns=2, height=1.1 + 0.36 * len(rows))
+    at = -np.arange(len(rows), dtype=float)
+    colours = dict(zip(dict.fromkeys(r["part"] for _, r in rows), (theme.ink, ORANGE, theme.pool, GREEN), strict=False))
+    for y, (_, record) in zip(at, rows, strict=True):
+        colour = colours.get(record["part"], theme.faint)
+        left.hlines(y, *record["exposure"]["interval"], color=colour, lw=2)
+        left.plot(record["exposure"]["difference"], y, "o", color=colour, ms=7)
+        parts = record["decomposition"]
+        if parts is None:
+            right.annotate("not identified", (0, y), xytext=(6, -4), textcoords="offset points", fontsize=9,
+                           color=theme.faint)  # fmt: skip
+            continue
+        right.hlines(y, *parts["explained_interval_pp"], color=colour, lw=2)
+        right.plot(parts["explained_pp"], y, "o", color=colour, ms=7)
+    left.set_yticks(at, [f"{name} · {record['part']}" for name, record in rows])
+    right.set_yticks(at, [])
+    labels = ("second group farther from the pool by, 95 %", "points of the drop that it explains, 95 %")
+    for axis, label in zip((left, right), labels, strict=True):
+        axis.set_ylim(-len(rows) + 0.4, 0.6)
+        axis.axvline(0, color=theme.faint, lw=1)
+        axis.set_xlabel(label)
+        axis.grid(axis="y", visible=False)
+    return figure
+
+
 def drop_parts(results: list[Record], theme: Theme) -> Figure:
     """Several models: explained and residual drop side by side with their intervals; without parts the drop alone."""
     figure, (axis,) = grid(1, height=1.0 + 0.5 * len(results))

@@ -9,10 +9,12 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from clipgap_ray.kernels import robustness
 from clipgap_ray.reporting.figures import names_in_order
-from clipgap_ray.reporting.tables import Record, RobustnessPanel, short
+from clipgap_ray.reporting.robust import RobustnessPanel
+from clipgap_ray.reporting.tables import Record, short
 from clipgap_ray.reporting.theme import ORANGE, Theme, grid, legend_above
 
 TICKS_PERCENT = (0.1, 1, 5, 10, 20, 50, 80, 90, 95, 99, 99.9)  # as many as fit a small panel
+MORE_TICKS_PERCENT = (0.1, 0.5, 1, 2, 5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 85, 90, 95, 98, 99, 99.5, 99.9)
 MARKERS = "osD^vP*X<>hp"
 KIND_LABEL = {
     "near": "near-pruned (most alike removed)",
@@ -93,6 +95,10 @@ def _robustness_panel(axis: Axes, panel: RobustnessPanel, marker: dict[str, str]
     axis.plot(_probit(diagonal), _probit(diagonal), color=theme.faint, ls=(0, (2, 3)), lw=1.2, label="y = x")
     if panel.line is not None:
         _baseline(axis, panel.line, bounds, theme)
+        for number, other in enumerate(panel.lines):
+            x = np.linspace(*bounds, 80)
+            axis.plot(_probit(x), _probit(other.predict(x)), color=ORANGE, lw=0.8, alpha=0.6,
+                      label=None if number else "without one baseline")  # fmt: skip
     names = set()
     for point in panel.points:
         arm = "baseline" if point["supervised"] else "model" if many else point["arm"]
@@ -106,12 +112,21 @@ def _robustness_panel(axis: Axes, panel: RobustnessPanel, marker: dict[str, str]
         )  # fmt: skip
         names.add(arm)
     for which in (axis.xaxis, axis.yaxis):
-        which.set_major_locator(FixedLocator([float(_probit(t / 100)) for t in TICKS_PERCENT]))
+        which.set_major_locator(FixedLocator(probit_ticks(float(_probit(bounds[0])), float(_probit(bounds[1])))))
         which.set_minor_locator(NullLocator())
         which.set_major_formatter(FuncFormatter(lambda z, _: f"{100 * robustness.from_axis(z, 'probit'):.3g} %"))
     ends = (float(_probit(bounds[0])), float(_probit(bounds[1])))
     axis.set_xlim(ends)
     axis.set_ylim(ends)
+
+
+def probit_ticks(low: float, high: float) -> list[float]:
+    """Return the places of round percentages between two ends on a probit axis, more of them on a short axis."""
+    for percents in (TICKS_PERCENT, MORE_TICKS_PERCENT):
+        places = [place for percent in percents if low <= (place := float(_probit(percent / 100))) <= high]
+        if len(places) >= 4:
+            break
+    return places
 
 
 def _baseline(axis: Axes, line: robustness.Line, bounds: tuple[float, float], theme: Theme) -> None:

@@ -9,7 +9,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 
 from clipgap_ray.kernels import robustness
 from clipgap_ray.kernels.neighbours import REGIMES
-from clipgap_ray.reporting.figures_models import TICKS_PERCENT
+from clipgap_ray.reporting.figures_models import probit_ticks
 from clipgap_ray.reporting.tables import Record
 from clipgap_ray.reporting.theme import BLUE, GREEN, ORANGE, PURPLE, VERMILLION, Theme, grid, legend_above
 
@@ -38,7 +38,8 @@ def regimes(models: dict[str, Record], theme: Theme) -> Figure:
         offset = 0.24 - 0.16 * number
         right.hlines([y + offset for y, _ in known], [r["low"] for _, r in known], [r["high"] for _, r in known],
                      color=COLOURS[name], lw=1.4)  # fmt: skip
-        right.plot([r["accuracy"] for _, r in known], [y + offset for y, _ in known], "o", color=COLOURS[name], ms=6)
+        right.plot([r["accuracy"] for _, r in known], [y + offset for y, _ in known], "o", color=COLOURS[name], ms=6,
+                   clip_on=False)  # fmt: skip
     left.set_yticks(at, [name for name, _ in bars])
     right.set_yticks(at, [])
     for axis, label in ((left, "share of the photos; numbers are photos"), (right, "accuracy (top 1), 95 %")):
@@ -54,20 +55,30 @@ def regimes(models: dict[str, Record], theme: Theme) -> Figure:
 def prevalence(models: dict[str, Record], theme: Theme) -> Figure:
     """Drop of every class against how much more common its first background is in the pool."""
     figure, axes = grid(len(models), columns=2, height=3.6, sharex=True, sharey=True)
-    for axis, (name, own) in zip(axes, models.items(), strict=True):
+    for number, (axis, (name, own)) in enumerate(zip(axes, models.items(), strict=True)):
         rows = [row for row in own["classes"] if row["log_ratio"] is not None]
         axis.axhline(0, color=theme.faint, lw=1)
         axis.axvline(0, color=theme.faint, lw=1)
         axis.plot([r["log_ratio"] for r in rows], [r["drop_pp"] for r in rows], "o", color=theme.pool, ms=6)
         if len(rows) <= 50:
-            for row in rows:
-                axis.annotate(row["class_name"].split(",")[0], (row["log_ratio"], row["drop_pp"]), xytext=(4, 3),
-                              textcoords="offset points", fontsize=7.5, color=theme.faint)  # fmt: skip
+            for at, names in _names(rows).items():
+                axis.annotate(names, at, xytext=(4, 3), textcoords="offset points", fontsize=8, color=theme.faint)
         rho = "" if own["spearman"] is None else f", Spearman {own['spearman']:.2f}".replace("-", "−")
         axis.set_title(f"{name}  ({len(rows)} classes{rho})", fontsize=11)
-        axis.set_xlabel("log of pool rows before the first group's background / before the second's")
-        axis.set_ylabel("drop in points")
+        if number + 2 >= len(models):
+            axis.set_xlabel("log (pool images: first background / second)")
+            axis.tick_params(labelbottom=True)
+        if number % 2 == 0:
+            axis.set_ylabel("drop in points")
     return figure
+
+
+def _names(rows: list[Record]) -> dict[tuple[float, float], str]:
+    """Names of the classes by their point: those that share one stand behind each other."""
+    names: dict[tuple[float, float], list[str]] = {}
+    for row in rows:
+        names.setdefault((row["log_ratio"], row["drop_pp"]), []).append(row["class_name"].split(",")[0])
+    return {at: ", ".join(own) for at, own in names.items()}
 
 
 def adjusted(result: Record, theme: Theme) -> Figure:
@@ -92,6 +103,7 @@ def _panel(axis: Axes, result: Record, kind: str, ends: tuple[float, float], the
     axis.plot(ends, ends, color=theme.faint, ls=(0, (2, 3)), lw=1.2, label="y = x")
     line, x = result["lines"][kind], np.array(ends)
     axis.plot(x, line["slope"] * x + line["intercept"], color=ORANGE, lw=2, label="baselines' line")
+    placed: list[tuple[float, float]] = []
     for model in result["models"]:
         if model[f"{kind}_{first}"] is None:
             continue
@@ -100,9 +112,13 @@ def _panel(axis: Axes, result: Record, kind: str, ends: tuple[float, float], the
         hollow = model[f"{kind}_extrapolates"]
         axis.plot(*at, "o", ms=7.5, color=colour, markerfacecolor=theme.page if hollow else colour, mew=1.6)
         residual = f"{model[f'{kind}_residual_pp']:+.1f}".replace("-", "−")
-        axis.annotate(f"{model['model']} {residual}", at, xytext=(7, -4), textcoords="offset points", fontsize=9)
+        reach = 0.06 * (ends[1] - ends[0])
+        crowded = any(abs(at[0] - x) < 4 * reach and abs(at[1] - y) < reach for x, y in placed)
+        place, side = ((-7, -4), "right") if crowded else ((7, -4), "left")
+        axis.annotate(f"{model['model']} {residual}", at, xytext=place, ha=side, textcoords="offset points", fontsize=9)
+        placed.append(at)
     for which in (axis.xaxis, axis.yaxis):
-        which.set_major_locator(FixedLocator([_probit(t / 100) for t in TICKS_PERCENT]))
+        which.set_major_locator(FixedLocator(probit_ticks(*ends)))
         which.set_minor_locator(NullLocator())
         which.set_major_formatter(FuncFormatter(lambda z, _: f"{100 * robustness.from_axis(z, 'probit'):.3g} %"))
     axis.set_xlim(ends)

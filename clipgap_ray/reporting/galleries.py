@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from clipgap_ray import schema
 from clipgap_ray.embeddings import EmbeddingSet
-from clipgap_ray.errors import ClipgapError
+from clipgap_ray.errors import ClipgapError, DataError
 from clipgap_ray.hidden import Hidden
 from clipgap_ray.reporting.study import Queries, Study, positions
 from clipgap_ray.reporting.theme import data_uri
@@ -93,10 +93,26 @@ class Thumbnails:
 
 
 @functools.lru_cache(maxsize=8)
+def columns_of(embeddings: EmbeddingSet) -> pa.Schema:
+    """Return the columns of a set's metadata: what `embed` writes, and what somebody added (`punsafe`)."""
+    return embeddings.metadata(embeddings.parts[0].number).schema if embeddings.parts else schema.METADATA
+
+
+def rule_columns(pool: EmbeddingSet | None) -> pa.Schema:
+    """Return the columns that --hide rules may name: the pool's."""
+    return schema.METADATA if pool is None else columns_of(pool)
+
+
+@functools.lru_cache(maxsize=8)
 def _metadata(embeddings: EmbeddingSet, part: int, further: tuple[str, ...]) -> pa.Table | None:
     if not any(p.number == part for p in embeddings.parts):
         return None
-    return embeddings.metadata(part, list(dict.fromkeys([*FACTS, *further])))
+    # A test set need not have what somebody added to the pool; a part of a set that lacks its set's column is an error.
+    own = [column for column in further if column in columns_of(embeddings).names]
+    try:
+        return embeddings.metadata(part, list(dict.fromkeys([*FACTS, *own])))
+    except DataError as error:
+        raise DataError(str(error), hint="rules of --hide need their columns in all parts of a set") from None
 
 
 @functools.lru_cache(maxsize=8)

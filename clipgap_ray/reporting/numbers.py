@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clipgap_ray.reporting import density, fewshot, joined, planted, similarity, tables
+from clipgap_ray.reporting import density, fewshot, found, joined, planted, robust, similarity, tables, variants
+from clipgap_ray.reporting.robust import RobustnessPanel
 from clipgap_ray.reporting.study import Study
-from clipgap_ray.reporting.tables import Record, RobustnessPanel
+from clipgap_ray.reporting.tables import Record
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,15 @@ class Numbers:
     removed_per_image: list[Record]
     removed_per_class: list[Record]
     groups: list[Record]
+    variants: list[Record]
     exposure: list[Record]
     joins: list[Record]
     fewshot: list[Record]
     training: list[Record]
     planted: list[Record]
+    duplicates: list[Record]
+    removed_duplicates: list[Record]
+    agreements: list[Record]
     digests: list[Record]
 
     def exports(self) -> dict[str, list[Record]]:
@@ -50,12 +55,15 @@ class Numbers:
             "similarity_correlations": self.correlations,
             "pruning_curves": self.curves,
             "effective_robustness": robustness,
+            "effective_robustness_lines": [{"test": p.test, **line} for p in self.panels for line in p.axes],
+            "effective_robustness_leave_one_out": [{"test": p.test, **line} for p in self.panels for line in p.without],
             "gap_check": self.checks,
             "neighbour_curves": self.density,
             "removed_per_image": self.removed_per_image,
             "removed_per_class": self.removed_per_class,
             "group_shift": [_flat_group(g) for g in self.groups],
             "group_shift_per_class": per_class,
+            "group_shift_variants": self.variants,
             "group_exposure": self.exposure,
             "group_drop_and_similarity": [joined.flat(r) for r in self.joins],
             "group_drop_and_similarity_per_class": [
@@ -64,6 +72,9 @@ class Numbers:
             "fewshot_curves": self.fewshot,
             "training_curves": self.training,
             "planted_truth": self.planted,
+            "duplicate_rates": self.duplicates,
+            "deduplication": self.removed_duplicates,
+            "encoder_agreement": self.agreements,
             "digests": self.digests,
         }
 
@@ -87,17 +98,21 @@ def compute(study: Study, bin_width: float, draws: int, seed: int) -> Numbers:
         bins=similarity.accuracy_by_similarity(study, similarity.bin_width(study, bin_width)),
         correlations=similarity.rank_correlations(study, draws, seed),
         curves=tables.pruning_curves(study, accuracy),
-        panels=tables.robustness_panels(study, accuracy),
+        panels=robust.panels(study, accuracy, draws, seed),
         checks=similarity.gap_check(study),
         density=density.neighbour_curves(study),
         removed_per_image=per_image,
         removed_per_class=per_class,
         groups=tables.group_shift(study, draws, seed),
+        variants=variants.of_study(study, draws, seed),
         exposure=similarity.exposure(study),
         joins=joined.joins(study, draws, seed),
         fewshot=fewshot.curves(study),
         training=tables.training_curves(study),
         planted=planted.planted(study),
+        duplicates=found.duplicates(study),
+        removed_duplicates=found.removed_duplicates(study),
+        agreements=found.agreements(study),
         digests=list(study.digests()),
     )
 

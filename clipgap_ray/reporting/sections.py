@@ -6,7 +6,16 @@ from functools import partial
 from typing import Any
 
 from clipgap_ray.reporting import conclusions as say
-from clipgap_ray.reporting import density, fewshot, figures, figures_models, galleries, sections_groups
+from clipgap_ray.reporting import (
+    density,
+    fewshot,
+    figures,
+    figures_models,
+    galleries,
+    sections_found,
+    sections_groups,
+    sections_robustness,
+)
 from clipgap_ray.reporting.layout import Plot, Section, Table
 from clipgap_ray.reporting.numbers import Numbers
 from clipgap_ray.reporting.study import Study
@@ -21,7 +30,7 @@ def build(study: Study, numbers: Numbers, pictures: galleries.Thumbnails, galler
         _histograms(numbers),
         _accuracy_by_similarity(numbers),
         _pruning(numbers),
-        _robustness(study, numbers),
+        sections_robustness.section(study, numbers),
         _galleries(study, pictures, gallery_rows),
         _gap_check(numbers),
         _density(numbers),
@@ -30,7 +39,11 @@ def build(study: Study, numbers: Numbers, pictures: galleries.Thumbnails, galler
         sections_groups.join(numbers),
         _training(numbers),
     ]
-    if numbers.fewshot:  # an extra of `evaluate`: a study without it lacks nothing
+    # What follows are extras: a study without them lacks nothing.
+    if numbers.variants:
+        sections.insert(11, sections_groups.asked(numbers))
+    sections[-1:-1] = sections_found.build(study, numbers)
+    if numbers.fewshot:
         sections.insert(5, _fewshot(study, numbers))
     return sections
 
@@ -165,47 +178,16 @@ def _fewshot(study: Study, numbers: Numbers) -> Section:
     section = Section("few-shot", "Few shots and linear probes", fewshot.sentence(records, study.main_test,
                                                                                  study.base_split))  # fmt: skip
     caption = "Accuracy of a classifier on frozen features over labelled images per class, drawn from the reference."
-    section.plots.append(Plot("fewshot_curves", partial(fewshot.draw, records), caption))
+    if any(r["k"] for r in records):
+        section.plots.append(Plot("fewshot_curves", partial(fewshot.draw, records), caption))
+    headers, rows = fewshot.table(records, numbers.accuracy, study.base_split)
+    section.tables.append(
+        Table(headers, rows, "Accuracy in percent beside zero-shot; Δ: points against the full pool.")
+    )
     several = all(r["num_draws"] > 1 for r in records)
-    bars = "standard deviation over draws and training seeds" if several else "Wilson 95 % where there is one draw"
+    bars = "standard deviation over draws and training seeds" + ("" if several else ", Wilson 95 % where there is one")
     section.notes = [f"Error bars: {bars}. The same seeds draw the same images for every model."]
     return section
-
-
-def _robustness(study: Study, numbers: Numbers) -> Section:
-    sentence = say.on_robustness(numbers.panels, study.main_test)
-    section = Section("robustness", "Effective robustness", sentence)
-    if not numbers.panels:
-        section.missing = "needs predictions on the main and on another test set: run `clipgap evaluate`"
-        return section
-    draw = partial(figures_models.robustness_scatter, numbers.panels, study.main_test)
-    caption = "Accuracy on shifted sets against the main one. Orange: supervised models and the line fitted to them."
-    section.plots.append(Plot("effective_robustness", draw, caption))
-    rows = []
-    for panel in numbers.panels:
-        for p in panel.points if panel.line is not None else []:
-            outside = " (extrapolated)" if p["extrapolates"] else ""
-            arm = ("◆ " if p["supervised"] else "") + p["arm"]
-            rows.append([panel.test, arm, say.percent(p["x"]), say.percent(p["y"]), say.percent(p["predicted"]),
-                         say.points(p["residual_pp"]) + outside])  # fmt: skip
-    headers = ["test set", "model", study.main_test, "shifted set", "line predicts", "effective robustness"]
-    if rows:
-        section.tables.append(Table(headers, rows))
-    notes: dict[str, list[str]] = {}
-    for panel in numbers.panels:
-        notes.setdefault(_line(panel), []).append(panel.test)
-    section.notes = [f"{', '.join(tests)}: {text}" for text, tests in notes.items()]
-    return section
-
-
-def _line(panel: Any) -> str:
-    if panel.line is None:
-        return f"no line, {panel.why_no_line}."
-    low, high = panel.line.slope_interval
-    fitted = f"Φ⁻¹(y) = {panel.line.slope:.2f} Φ⁻¹(x) {panel.line.intercept:+.2f}".replace("-", "−")
-    if panel.line.num_points < 3:
-        return f"{fitted} through two baselines: no error can be estimated."
-    return f"{fitted}, slope [{low:.2f}, {high:.2f}], R² = {panel.line.r2:.2f}, {panel.line.num_points} baselines."
 
 
 def _galleries(study: Study, pictures: galleries.Thumbnails, count: int) -> Section:

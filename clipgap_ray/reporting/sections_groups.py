@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
 from clipgap_ray.kernels.shift import PAIR
 from clipgap_ray.reporting import conclusions as say
-from clipgap_ray.reporting import figures_join, figures_models
+from clipgap_ray.reporting import figures_groups, figures_join, figures_models, variants
 from clipgap_ray.reporting.layout import Plot, Section, Table
 from clipgap_ray.reporting.numbers import Numbers
 from clipgap_ray.reporting.tables import Record
@@ -29,15 +30,55 @@ def shift(numbers: Numbers) -> Section:
         rows.append(
             [g["arm"], say.percent(g["balanced"]["common"]), say.percent(g["balanced"]["counter"]),
              (f"{g['drop']['drop_pp']:.1f}", say.span(*g["intervals"]["drop_pp_classes"]), False),
+             (f"{g['drop']['unbalanced_drop_pp']:.1f}", say.span(*g["intervals"]["unbalanced_drop_pp_images"]), False),
              say.percent(g["drop"]["relative"]), f"{g['drop']['log_odds']:.2f}",
              f"{worst['class_name']} / {worst['group']} {say.percent(worst['accuracy'], 0)}",
              f"{g['num_negative_drops']} / {g['num_insignificant_drops']} of {g['num_classes']}"]
         )  # fmt: skip
-    headers = ["model", "common", "counter", "drop (points)", "relative", "log-odds", "worst class and group",
-               "negative / insignificant class drops"]  # fmt: skip
+    headers = ["model", "common", "counter", "drop (points)", "unbalanced drop", "relative", "log-odds",
+               "worst class and group", "negative / insignificant class drops"]  # fmt: skip
     section.tables.append(Table(headers, rows))
-    section.notes = ["Balanced: every class counts once. Small print: 95 % bootstrap over classes and images."]
+    section.notes = [
+        "Common, counter, drop: balanced, every class counts once; small print: 95 % bootstrap over classes and "
+        "images. Unbalanced: every photo counts once, which mixes in that the groups have different classes; 95 % over "
+        "images."
+    ]
     return section
+
+
+def asked(numbers: Numbers) -> Section:
+    """Does the drop hang on prompts, candidates or weighting?"""
+    section = Section("asked", "Does the drop hang on how the model was asked?", variants.sentence(numbers.variants))
+    models: dict[str, list[Record]] = {}
+    for record in numbers.variants:
+        models.setdefault(f"{record['arm']} on {record['test']}", []).append(record)
+    draw = partial(figures_groups.variants, models)
+    caption = "Drop from common to counter for every way of asking; balanced over classes, unbalanced over photos."
+    section.plots.append(Plot("shift_variants", draw, caption))
+    first, second = PAIR
+    headers = ["asked", "prompts", "candidates", first, second, "drop (points)", "change", f"{first}, unbalanced",
+               f"{second}, unbalanced", "unbalanced drop", "change"]  # fmt: skip
+    for name, ways in models.items():
+        rows = [_way_row(way, PAIR) for way in ways]
+        section.tables.append(Table(headers, rows, f"{name}, n = {ways[0]['num_images']:,}"))
+    section.notes = [
+        "Change: against the first row, paired by photo; 95 % over classes and photos, unbalanced over photos. "
+        "Candidates: the labels among which the model chooses."
+    ]
+    return section
+
+
+def _way_row(way: Record, pair: tuple[str, str]) -> list[Any]:
+    row: list[Any] = [way["variant"], way["prompts"] or "–", way["candidates"] or "–"]
+    for kind, change in (("balanced", "change"), ("unbalanced", "unbalanced_change")):
+        row += [say.percent(way[f"{kind}_{group}"]) for group in pair]
+        row.append((say.signed(way[f"{kind}_drop_pp"], ".1f"),
+                    say.span(way[f"{kind}_low_pp"], way[f"{kind}_high_pp"]), False))  # fmt: skip
+        value = way[f"{change}_pp"]
+        row.append("–" if value is None else (
+            say.signed(value), say.span(way[f"{change}_low_pp"], way[f"{change}_high_pp"], "+.1f"), False
+        ))  # fmt: skip
+    return row
 
 
 def join(numbers: Numbers) -> Section:
@@ -62,9 +103,28 @@ def join(numbers: Numbers) -> Section:
         "equal similarity. Matched: photos of both groups paired on similarity within a class. Small print: 95 % "
         "bootstrap over classes and images. Overlap: share of photos in the common support of both groups, the smaller "
         "group's. This is accounting, not proof of cause: photos that lie farther may also differ otherwise.",
-        *(f"{r['arm']}: {warning}." for r in numbers.joins for warning in r["warnings"]),
+        *_warnings(numbers.joins),
     ]
     return section
+
+
+NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
+
+
+def _warnings(results: list[Record]) -> list[str]:
+    """Every warning once, with the arms that it is about and the range of its number: fifteen alike say no more."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for result in results:
+        for warning in result["warnings"]:
+            found.setdefault(NUMBER.sub("\0", warning, count=1), []).append((result["arm"], warning))
+    lines = []
+    for text, cases in found.items():
+        arms = ", ".join(dict.fromkeys(arm for arm, _ in cases))
+        numbers = [match[0] for _, warning in cases if (match := NUMBER.search(warning))]
+        ends = [min(numbers, key=float), max(numbers, key=float)] if numbers else []
+        shown = " to ".join(dict.fromkeys(ends)).replace("-", "−")
+        lines.append(f"{arms}: {text.replace(chr(0), shown)}.")
+    return lines
 
 
 def _joined_row(result: Record) -> list[Any]:

@@ -63,7 +63,8 @@ class Queries:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Per-image predictions of one model on one test set; `correct` is (n,) bool, the lists have n entries."""
+    """Per-image predictions of one model on one test set; `correct` is (n,) bool, the lists have n entries (`uids` may
+    be empty where a file without them is read)."""
 
     uids: list[str]
     correct: np.ndarray
@@ -105,6 +106,24 @@ class Study:
     def _json(self, *names: str) -> dict[str, Any] | None:
         path = self.path(*names)
         return store.read_json(path) if store.exists(path) else None
+
+    def results(self, folder: str, file: str) -> dict[str, dict[str, Any]]:
+        """Read what a command left in a folder of the study, or in folders in it, by name ("" is the folder itself)."""
+        found = {}
+        for name in ["", *store.list_names(self.path(folder))]:
+            result = self._json(*filter(None, (folder, name, file)))
+            if result is not None:
+                found[name] = result
+        return found
+
+    def summary(self, stage: str) -> dict[str, Any] | None:
+        """Read a stage's summary."""
+        return self._json(stage, "summary.json")
+
+    def diagnostics(self) -> list[dict[str, Any]]:
+        """Read what `gaps` says of every cut and test set; empty when there is nothing."""
+        path = self.path("gaps", "diagnostics.json")
+        return store.read_json(path) if store.exists(path) else []  # type: ignore[return-value]
 
     def _table(self, *names: str) -> pa.Table | None:
         path = self.path(*names)
@@ -184,11 +203,23 @@ class Study:
         table = self._table("eval", run, f"{test}.parquet")
         if table is None or not table.num_rows:
             return None
-        return Predictions(
-            table.column("uid").to_pylist(),
-            table.column("correct").to_numpy(zero_copy_only=False).astype(bool),
-            [group or "" for group in table.column("group").to_pylist()],
-            [name or "" for name in table.column("class_name").to_pylist()],
+        return predictions_of(table)
+
+    def result(self, run: str, name: str) -> dict[str, Any] | None:
+        """Read what `evaluate` says of a result: prompts, candidates, counts."""
+        return self._json("eval", run, f"{name}.json")
+
+    @functools.cache  # noqa: B019
+    def ways(self, run: str, test: str) -> tuple[str, ...]:
+        """Name the results of a run that are `<test>-<way>`: the same test set, asked in other ways."""
+        names = [name.removesuffix(".parquet") for name in store.list_names(self.path("eval", run))
+                 if name.endswith(".parquet")]  # fmt: skip
+        # A test set may be named like a way of another one ("in", "in-a"): the longest name owns a result.
+        return tuple(
+            name
+            for name in names
+            if name not in self.tests
+            and max((t for t in self.tests if name.startswith(f"{t}-")), key=len, default="") == test
         )
 
     def metrics(self, run: str) -> list[dict[str, Any]]:
@@ -208,6 +239,7 @@ class Study:
         names = [name for name in store.list_names(folder) if name.endswith(".parquet")]
         return pa.concat_tables([store.read_table(store.join(folder, n), columns) for n in names]) if names else None
 
+    @functools.cache  # noqa: B019
     def digests(self) -> list[dict[str, str]]:
         """Name every artefact that the report reads by its content."""
         records = []
@@ -222,11 +254,16 @@ class Study:
         for name, recipe in self.recipes().items():
             records.append({"artefact": f"splits/{name}", "digest": store.digest(recipe)})
         for run in self.runs:
-            for test in self.tests:
-                path = self.path("eval", run.name, f"{test}.parquet")
+            results = [("eval", name) for test in self.tests for name in (test, *self.ways(run.name, test))]
+            results += [(folder, f"{test}.fewshot") for folder in ("probes", "linear") for test in self.tests]
+            for folder, name in results:
+                path = self.path(folder, run.name, f"{name}.parquet")
                 if store.exists(path):
                     digest = store.sha256(store.read_bytes(path))
-                    records.append({"artefact": f"eval/{run.name}/{test}", "digest": digest})
+                    records.append({"artefact": f"{folder}/{run.name}/{name}", "digest": digest})
+        for folder in ("agreement", "join", "discover"):
+            for name, result in self.results(folder, f"{folder}.json").items():
+                records.append({"artefact": "/".join(filter(None, (folder, name))), "digest": store.digest(result)})
         return records
 
 
@@ -239,6 +276,16 @@ def _run(entry: dict[str, Any]) -> Run:
         int(entry.get("seed", 0)),
         int(entry.get("num_samples_seen", 0)),
         entry.get("model", ""),
+    )
+
+
+def predictions_of(table: pa.Table) -> Predictions:
+    """Take what reports need out of a table with `class_name, group, correct` and, if it has them, `uid`."""
+    return Predictions(
+        table.column("uid").to_pylist() if "uid" in table.column_names else [],
+        table.column("correct").to_numpy(zero_copy_only=False).astype(bool),
+        [group or "" for group in table.column("group").to_pylist()],
+        [name or "" for name in table.column("class_name").to_pylist()],
     )
 
 

@@ -1,4 +1,4 @@
-"""Numbers about models: the Table-1-like table, pruning curves, robustness line, group drops, training curves.
+"""Numbers about models: the Table-1-like table, pruning curves, group drops, training curves.
 
 Every function reads a `Study` and returns records. Accuracies are fractions, `_pp` are percentage points; an interval
 is Wilson's 95 % over test images, a drop's interval is over images and seeds (`kernels.intervals.paired_drop`).
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clipgap_ray.kernels import intervals, robustness, shift
+from clipgap_ray.kernels import intervals, shift
 from clipgap_ray.reporting.study import Run, Study, positions
 
 Record = dict[str, Any]
@@ -178,91 +178,6 @@ def pruning_curves(study: Study, records: list[Record]) -> list[Record]:
         elif record["split"] == study.base_split and full:
             curves.append({**record, "kind": "full", "target": "", "rows": full})
     return curves
-
-
-# --- effective robustness --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RobustnessPanel:
-    """One shifted test set against the main one.
-
-    Attributes:
-        test: The shifted test set.
-        points: One record per arm: x, y, residual_pp (None without a line), supervised, extrapolates, n.
-        line: Fitted on the supervised runs; None with fewer than two different ones.
-        why_no_line: What is missing.
-    """
-
-    test: str
-    points: list[Record]
-    line: robustness.Line | None
-    why_no_line: str
-
-
-def robustness_panels(study: Study, records: list[Record]) -> list[RobustnessPanel]:
-    """Fit the baselines' line for every shifted test set and measure every arm's distance from it."""
-    panels = []
-    for test in study.tests:
-        points = [] if test == study.main_test else _robustness_points(study, records, test)
-        if not points:
-            continue
-        baselines = _baseline_runs(study, test)
-        line, reason = None, ""
-        if len(np.unique(baselines[:, 0])) >= 2:
-            line = robustness.fit(baselines[:, 0], baselines[:, 1])
-        else:
-            count = len(baselines)
-            reason = f"{count or 'no'} supervised baseline{'' if count == 1 else 's'}: a line needs at least two"
-        for point in points:
-            x, y = np.array([point["x"]]), np.array([point["y"]])
-            point["predicted"] = None if line is None else float(line.predict(x)[0])
-            point["residual_pp"] = None if line is None else float(robustness.residuals_pp(line, x, y)[0])
-            point["extrapolates"] = None if line is None else bool(line.extrapolates(x)[0])
-        panels.append(RobustnessPanel(test, points, line, reason))
-    return panels
-
-
-def _robustness_points(study: Study, records: list[Record], test: str) -> list[Record]:
-    points = []
-    for record in (r for r in records if r["test"] == test):
-        same = ("split", "objective", "train_on", "model", "num_samples_seen")
-        main = lookup(records, test=study.main_test, **{key: record[key] for key in same})
-        if main is None:
-            continue
-        points.append(
-            {
-                "test": test,
-                "arm": record["arm"],
-                "kind": record["kind"],
-                "supervised": record["objective"] == "supervised",
-                "targeted": record["targeted"],
-                "num_samples_seen": record["num_samples_seen"],
-                "num_seeds": record["num_seeds"],
-                "x": _inside(main["accuracy"], main["num_images"]),
-                "y": _inside(record["accuracy"], record["num_images"]),
-                "x_low": main["low"],
-                "x_high": main["high"],
-                "y_low": record["low"],
-                "y_high": record["high"],
-            }
-        )
-    return points
-
-
-def _baseline_runs(study: Study, test: str) -> np.ndarray:
-    """(b, 2) accuracies on main and shifted set of every supervised run: seeds are separate models on the line."""
-    points = []
-    for run in study.runs:
-        main, other = study.predictions(run.name, study.main_test), study.predictions(run.name, test)
-        if run.objective == "supervised" and main is not None and other is not None:
-            pair = [_inside(float(p.correct.mean()), len(p.correct)) for p in (main, other)]
-            points.append(pair)
-    return np.array(points).reshape(-1, 2)
-
-
-def _inside(value: float, total: int) -> float:
-    return float(robustness.pull_inside(np.array([value]), np.array([total]), "probit")[0][0])
 
 
 # --- groups and training ---------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from clipgap_ray import __version__, rundir, schema, store
 from clipgap_ray.config.audit import AuditSettings, parse_rule
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import BudgetError, ClipgapError, ConfigError, DataError
-from clipgap_ray.hidden import read_hidden
+from clipgap_ray.hidden import Hidden, read_hidden
 from clipgap_ray.kernels.nearest import nearest
 from clipgap_ray.reporting import contamination, figures, galleries, page
 from clipgap_ray.reporting.similarity import histogram_records
@@ -52,6 +52,7 @@ def run(settings: AuditSettings) -> rundir.Summary:
     """
     started = time.monotonic()
     pool = EmbeddingSet.open(settings.pool)
+    hidden = read_hidden(settings.blocklist, settings.hide, galleries.rule_columns(pool))
     predictions = audit_pool.per_test(settings.predictions, settings, "--predictions")
     targets = audit_pool.targets(settings, pool)
     coverage = _coverage(pool)
@@ -70,7 +71,7 @@ def run(settings: AuditSettings) -> rundir.Summary:
     pairs = [{"test": result["test"], **pair} for result in results for pair in result["pairs"]]
     if pairs:
         store.write_bytes(store.join(settings.out, "pairs.csv"), page.csv_bytes(pairs))
-    _write_page(settings, pool, targets, report)
+    _write_page(settings, pool, targets, report, hidden)
     summary = rundir.Summary("audit", coverage["total"], coverage["examined"], dict(coverage["unexamined"]))
     summary.seconds = time.monotonic() - started
     verdicts = {result["test"]: result["verdict"] for result in results}
@@ -256,9 +257,11 @@ def _failed_rules(settings: AuditSettings, results: list[dict[str, Any]]) -> lis
 # --- page ------------------------------------------------------------------------------------------------
 
 
-def _write_page(settings: AuditSettings, pool: EmbeddingSet, targets: list[Target], report: dict[str, Any]) -> None:
+def _write_page(
+    settings: AuditSettings, pool: EmbeddingSet, targets: list[Target], report: dict[str, Any], hidden: Hidden
+) -> None:
     found = {"pool": pool, **{f"test:{target.name}": target.test for target in targets}}
-    pictures = galleries.Thumbnails(found.get, read_hidden(settings.blocklist, settings.hide), settings.images)
+    pictures = galleries.Thumbnails(found.get, hidden, settings.images)
     strips = {result["test"]: [_strip(pictures, result["test"], pair) for pair in result["pairs"]]
               for result in report["tests"]}  # fmt: skip
     html = page.render_page(

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from clipgap_ray import rundir, schema, store
 from clipgap_ray.config.groups import DiscoverSettings
+from clipgap_ray.config.predictions import prediction_files
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.kernels import intervals, selection
 from clipgap_ray.reporting import figures_groups
@@ -109,14 +110,7 @@ def run(settings: DiscoverSettings) -> rundir.Summary:
 
 
 def _read(settings: DiscoverSettings) -> Photos:
-    paths: dict[str, str] = {}
-    for word in settings.predictions:
-        name, separator, path = word.partition("=")
-        if not separator:
-            name, path = word.rsplit("/", 1)[-1].removesuffix(".parquet"), word
-        if name in paths:
-            raise ConfigError(f"--predictions names {name!r} twice", hint="call the models NAME=FILE.parquet")
-        paths[name] = path
+    paths = prediction_files(settings.predictions)
     labels = read_labels(settings.attributes)
     tables = {name: _predictions(path) for name, path in paths.items()}
     first = next(iter(tables.values()))

@@ -3,7 +3,8 @@
 Reads: schema.PREDICTIONS of a grouped test set, the query table of `score` (or of `gaps`), joined by uid; with --pool
 also captions and backgrounds of the photos' neighbours (`join_pool`).
 Writes: OUT/join.json, OUT/models.csv, OUT/per_class.csv, OUT/photos/<model>.parquet, OUT/figures/, OUT/summary.json;
-with --pool OUT/neighbours.csv, with --pool-attributes OUT/prevalence.csv, with --baseline OUT/adjusted_robustness.csv.
+with --pool OUT/neighbours.csv, with --pool-attributes OUT/prevalence.csv, with --parts OUT/parts.csv, with --baseline
+OUT/adjusted_robustness.csv.
 Unit of restart: the whole command; the bootstrap takes seconds per thousand photos. Needs no Ray, but for large pools.
 """
 
@@ -22,13 +23,14 @@ import threadpoolctl
 
 from clipgap_ray import rundir, schema, store
 from clipgap_ray.config.join import DropJoinSettings
+from clipgap_ray.config.predictions import prediction_files
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.kernels import decomposition, overlap
 from clipgap_ray.reporting import figures_join, figures_pool
 from clipgap_ray.reporting.joined import flat
 from clipgap_ray.reporting.study import positions
 from clipgap_ray.reporting.theme import render
-from clipgap_ray.stages import join_more
+from clipgap_ray.stages import join_more, join_parts
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Model:
     inputs: dict[str, str]
     nearest: np.ndarray | None  # (n, k) int64 nearest pool rows, -1 where there are fewer
     wrong: list[str | None]  # the class that was given instead, where it was wrong and has a name
+    parts: dict[str, np.ndarray]  # (n,) float64 similarity of a part of every photo
 
 
 def run(settings: DropJoinSettings) -> rundir.Summary:
@@ -65,10 +68,11 @@ def run(settings: DropJoinSettings) -> rundir.Summary:
         # The sums are small: threads of a BLAS only wait for each other.
         with threadpoolctl.threadpool_limits(1):
             found = decomposition.summarise(model.photos, rng, settings.draws, settings.min_overlap, settings.caliper)
+            parts, further = join_parts.about_parts(settings, model.photos, model.parts, rng)
         about = {"model": model.name, "classes_left_out": model.left_out, "inputs": model.inputs}
         more, columns = join_more.about_pool(settings, pool, model.photos, model.uids, model.nearest, model.wrong, rng)
-        results[model.name] = {**about, "left_out": model.dropped, **found, **more}
-        _write_model(settings.out, model, results[model.name], columns)
+        results[model.name] = {**about, "left_out": model.dropped, **found, **more, **parts}
+        _write_model(settings.out, model, results[model.name], {**columns, **further})
     result: dict[str, Any] = {"test": settings.test, "models": results, "settings": settings.fingerprint()}
     if len(models) == 1:
         result = {**next(iter(results.values())), **result}
@@ -86,14 +90,7 @@ def run(settings: DropJoinSettings) -> rundir.Summary:
 
 
 def _read(settings: DropJoinSettings) -> list[Model]:
-    paths = {}
-    for word in settings.predictions:
-        name, separator, path = word.partition("=")
-        if not separator:
-            name, path = word.rsplit("/", 1)[-1].removesuffix(".parquet"), word
-        if name in paths:
-            raise ConfigError(f"--predictions names {name!r} twice", hint="call the models NAME=FILE.parquet")
-        paths[name] = path
+    paths = prediction_files(settings.predictions)
     scores = _per_model(settings.scores, list(paths), "--scores")
     columns = _per_model(settings.column, list(paths), "--column")
     return [_model(settings, name, path, scores[name], columns[name]) for name, path in paths.items()]
@@ -155,7 +152,8 @@ def _model(settings: DropJoinSettings, name: str, path: str, scores: str, column
             queries.column("nearest_row_ids").take(pa.array(at[scored[kept]])), settings.neighbours
         )
     wrong = join_more.wrong_names(predictions.take(pa.array(scored[kept])), predictions)
-    return Model(name, photos, ours, len(uids), dropped, left_out, inputs, nearest, wrong)
+    parts = join_parts.read(settings, column, ours)
+    return Model(name, photos, ours, len(uids), dropped, left_out, inputs, nearest, wrong, parts)
 
 
 def _check_scored(scores: str, test: str) -> None:
@@ -211,6 +209,10 @@ def _write_more(out: str, result: dict[str, Any], models: dict[str, Any]) -> Non
     if lines:
         _write_csv(out, "prevalence.csv", lines)
         _write_figure(out, "prevalence", partial(figures_pool.prevalence, with_prevalence))
+    with_parts = {name: own["similarity_parts"] for name, own in models.items() if own.get("similarity_parts")}
+    if with_parts:
+        _write_csv(out, "parts.csv", [line for name, own in with_parts.items() for line in join_parts.lines(name, own)])
+        _write_figure(out, "similarity_parts", partial(figures_join.similarity_parts, with_parts))
     if "adjusted_robustness" in result:
         _write_csv(out, "adjusted_robustness.csv", result["adjusted_robustness"]["models"])
         _write_figure(out, "adjusted_robustness", partial(figures_pool.adjusted, result["adjusted_robustness"]))

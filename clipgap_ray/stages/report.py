@@ -16,8 +16,7 @@ from clipgap_ray import __version__, rundir, store
 from clipgap_ray.config.report import ReportSettings
 from clipgap_ray.errors import BudgetError
 from clipgap_ray.hidden import read_hidden
-from clipgap_ray.reporting import conclusions, layout, page, sections
-from clipgap_ray.reporting.galleries import Thumbnails
+from clipgap_ray.reporting import conclusions, galleries, layout, page, sections
 from clipgap_ray.reporting.numbers import Numbers, compute
 from clipgap_ray.reporting.pool_side import PoolSide
 from clipgap_ray.reporting.study import Study
@@ -30,15 +29,17 @@ def run(settings: ReportSettings) -> rundir.Summary:
         A summary whose `extra` names the page, its bytes, and the sections that could not be shown.
 
     Raises:
-        DataError: If the directory is no study.
+        DataError: If the directory is no study, or a file in it is not what it should be.
+        ConfigError: If a rule of --hide names no column of the pool.
         BudgetError: If the page would be larger than 20 MB.
     """
     started = time.monotonic()
     study = Study.open(settings.study)
     study.count_pool = _count_pool
+    hidden = read_hidden(settings.blocklist, settings.hide, galleries.rule_columns(study.embeddings("pool")))
     out = settings.out or study.path("report")
     numbers = compute(study, settings.bin_width, settings.draws, settings.seed)
-    pictures = Thumbnails(study.embeddings, read_hidden(settings.blocklist, settings.hide), settings.images)
+    pictures = galleries.Thumbnails(study.embeddings, hidden, settings.images)
     built = sections.build(study, numbers, pictures, settings.gallery_rows)
     images, hashes = page.write_figures(out, built)
     hashes |= page.write_tables(out, numbers.exports(), numbers.digests)

@@ -1,5 +1,8 @@
 """Effective robustness of the models of a CSV against the line of baseline models.
 
+Every residual stands beside its interval (where the tables have counts of images), its range when one baseline is left
+out, and its value on other axes.
+
 Reads: two CSVs. Writes: OUT/robustness.json, OUT/residuals.csv, OUT/robustness.svg and .png, OUT/summary.json.
 """
 
@@ -13,25 +16,43 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from clipgap_ray import rundir, store
 from clipgap_ray.config.robustness import RobustnessSettings
 from clipgap_ray.errors import DataError
-from clipgap_ray.kernels import robustness
+from clipgap_ray.kernels import intervals, robustness
 from clipgap_ray.reporting import figures_models
-from clipgap_ray.reporting.tables import RobustnessPanel
+from clipgap_ray.reporting.page import csv_bytes
+from clipgap_ray.reporting.robust import RobustnessPanel
 from clipgap_ray.reporting.theme import render
 
 
 @dataclass(frozen=True)
 class Models:
-    """The models of one CSV: names, accuracies as fractions inside the axes, which ones had to be moved, the unit."""
+    """The models of one CSV.
+
+    Attributes:
+        names: n names.
+        raw: (n, 2) float64 fractions, x and y.
+        totals: Images behind x and y, (n,) each; None where the table does not say.
+        unit: Of the table.
+        x: (n,) float64 fractions inside the axes.
+        y: (n,) likewise.
+        moved: (n,) bool, whether one of them had to be moved.
+    """
 
     names: list[str]
+    raw: np.ndarray
+    totals: tuple[np.ndarray | None, np.ndarray | None]
+    unit: str
     x: np.ndarray
     y: np.ndarray
     moved: np.ndarray
-    unit: str
+
+    def on(self, axes: robustness.Axes) -> tuple[np.ndarray, np.ndarray]:
+        """Return x and y as other axes can show them."""
+        return tuple(robustness.pull_inside(self.raw[:, i], self.totals[i], axes)[0] for i in (0, 1))  # type: ignore[return-value]
 
 
 def run(settings: RobustnessSettings) -> rundir.Summary:
@@ -46,7 +67,10 @@ def run(settings: RobustnessSettings) -> rundir.Summary:
         line = robustness.fit(baselines.x, baselines.y, settings.axes)
     except ValueError as error:
         raise DataError(f"{settings.baseline}: {error}") from None
+    lines = robustness.leave_one_out(baselines.x, baselines.y, settings.axes)
     records = _residuals(line, models)
+    for more in (_ranges(lines, models), _intervals(settings, line, models, baselines), _other_axes(models, baselines)):
+        records = [{**record, **own} for record, own in zip(records, more, strict=True)]
     result: dict[str, Any] = {
         "slope": line.slope,
         "intercept": line.intercept,
@@ -59,12 +83,13 @@ def run(settings: RobustnessSettings) -> rundir.Summary:
         "unit": {"table": models.unit, "baseline": baselines.unit},
         "residuals": records,
         "baseline_residuals": _residuals(line, baselines),
-        "leave_one_out": _leave_one_out(baselines, settings),
+        "leave_one_out": _leave_one_out(baselines, lines),
+        "lines": {axes: _line(robustness.fit(*baselines.on(axes), axes)) for axes in robustness.AXES},
         "warnings": _warnings(records, models, baselines, line),
         "settings": settings.fingerprint(),
     }
     store.write_json(store.join(settings.out, "robustness.json"), result)
-    _write_rest(settings, line, records, result["baseline_residuals"])
+    _write_rest(settings, line, [own for own, _ in lines if own is not None], records, result["baseline_residuals"])
     count = len(models.names)
     summary = rundir.Summary("robustness", read=count, kept=count, seconds=time.monotonic() - started)
     summary.extra.update({key: result[key] for key in ("slope", "intercept", "r2", "unit", "warnings")})
@@ -90,7 +115,8 @@ def _read(path: str, settings: RobustnessSettings) -> Models:
     totals = [np.array([int(row[c]) for row in rows]) if c else None for c in (settings.x_n, settings.y_n)]
     sides = [robustness.pull_inside(fractions[:, i], totals[i], settings.axes) for i in (0, 1)]
     moved = sides[0][1] | sides[1][1]
-    return Models([row[settings.name] for row in rows], sides[0][0], sides[1][0], moved, unit)
+    names = [row[settings.name] for row in rows]
+    return Models(names, fractions, (totals[0], totals[1]), unit, sides[0][0], sides[1][0], moved)
 
 
 def _residuals(line: robustness.Line, models: Models) -> list[dict[str, Any]]:
@@ -110,8 +136,52 @@ def _residuals(line: robustness.Line, models: Models) -> list[dict[str, Any]]:
     ]
 
 
-def _leave_one_out(baselines: Models, settings: RobustnessSettings) -> list[dict[str, Any]]:
-    lines = robustness.leave_one_out(baselines.x, baselines.y, settings.axes)
+def _line(line: robustness.Line) -> dict[str, Any]:
+    return {"slope": line.slope, "intercept": line.intercept, "r2": _number(line.r2),
+            "slope_interval": [_number(v) for v in line.slope_interval]}  # fmt: skip
+
+
+def _ranges(lines: list[tuple[robustness.Line | None, float]], models: Models) -> list[dict[str, Any]]:
+    """What every residual becomes when one baseline is left out."""
+    known = [line for line, _ in lines if line is not None]
+    if not known:
+        return [{"leave_one_out_pp": None} for _ in models.names]
+    low, high = robustness.residual_range_pp(known, models.x, models.y)
+    return [{"leave_one_out_pp": [float(a), float(b)]} for a, b in zip(low, high, strict=True)]
+
+
+def _other_axes(models: Models, baselines: Models) -> list[dict[str, Any]]:
+    """Every residual on each choice of axes."""
+    found: dict[str, np.ndarray] = {}
+    for axes in robustness.AXES:
+        line = robustness.fit(*baselines.on(axes), axes)
+        found[axes] = robustness.residuals_pp(line, *models.on(axes))
+    return [{f"residual_{axes}_pp": float(values[i]) for axes, values in found.items()}
+            for i in range(len(models.names))]  # fmt: skip
+
+
+def _intervals(
+    settings: RobustnessSettings, line: robustness.Line, models: Models, baselines: Models
+) -> list[dict[str, Any]]:
+    """95 % by drawing every accuracy anew from its count of images; None where a table has no counts."""
+    counts = [*models.totals, *baselines.totals]
+    if any(total is None for total in counts):
+        return [{"interval_pp": None} for _ in models.names]
+    rng = np.random.default_rng(settings.seed)
+    drawn = []
+    for raw, total in zip((*models.raw.T, *baselines.raw.T), counts, strict=True):
+        assert total is not None
+        samples = rng.binomial(total, raw, (settings.draws, len(raw))) / total
+        drawn.append(robustness.pull_inside(samples, total, settings.axes)[0])
+    x, y, base_x, base_y = drawn
+    samples = robustness.residual_samples_pp(x, y, base_x, base_y, settings.axes)
+    spread = np.nanstd(samples, axis=0, ddof=1)
+    residual = robustness.residuals_pp(line, models.x, models.y)
+    reach = stats.norm.ppf((1 + intervals.CONFIDENCE) / 2) * spread
+    return [{"interval_pp": [_number(a), _number(b)]} for a, b in zip(residual - reach, residual + reach, strict=True)]
+
+
+def _leave_one_out(baselines: Models, lines: list[tuple[robustness.Line | None, float]]) -> list[dict[str, Any]]:
     return [
         {
             "left_out": name,
@@ -141,17 +211,29 @@ def _warnings(records: list[dict[str, Any]], models: Models, baselines: Models, 
     return warnings
 
 
-def _write_rest(settings: RobustnessSettings, line: robustness.Line, records: list[Any], baselines: list[Any]) -> None:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(records[0]))
-    writer.writeheader()
-    writer.writerows(records)
-    store.write_bytes(store.join(settings.out, "residuals.csv"), buffer.getvalue().encode())
+def _write_rest(
+    settings: RobustnessSettings, line: robustness.Line, others: list[robustness.Line], records: list[Any],
+    baselines: list[Any],
+) -> None:  # fmt: skip
+    flat = [_flat(record) for record in records]
+    store.write_bytes(store.join(settings.out, "residuals.csv"), csv_bytes(flat))
     points = [_point(r, False) for r in records] + [_point(r, True) for r in baselines]
-    panel = RobustnessPanel(settings.y, points, line, "")
+    panel = RobustnessPanel(settings.y, points, line, "", lines=others)
     files = render(partial(figures_models.robustness_scatter, [panel], settings.x))
     store.write_bytes(store.join(settings.out, "robustness.svg"), files["light.svg"])
     store.write_bytes(store.join(settings.out, "robustness.png"), files["light.png"])
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    """One line of residuals.csv: pairs become two columns."""
+    line: dict[str, Any] = {}
+    for key, value in record.items():
+        if key in ("interval_pp", "leave_one_out_pp"):
+            low, high = value or (None, None)
+            line |= {key.replace("_pp", "_low_pp"): low, key.replace("_pp", "_high_pp"): high}
+        else:
+            line[key] = value
+    return line
 
 
 def _point(record: dict[str, Any], supervised: bool) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Group shift of one or several models, from per-sample predictions or from a printed table.
 
 Reads: schema.PREDICTIONS, or a CSV with a row per class. Writes: OUT/shift.json, OUT/per_class.csv, OUT/shift.svg and
-.png, OUT/summary.json. With one model its numbers stand at the top level of shift.json; `models` holds all of them.
+.png, OUT/summary.json; with variants (the same photos asked otherwise) OUT/variants.csv, OUT/variants.svg and .png.
+With one model its numbers stand at the top level of shift.json; `models` holds all of them.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from typing import Any
 import numpy as np
 
 from clipgap_ray import rundir, schema, store
+from clipgap_ray.config.predictions import prediction_files, variant_files
 from clipgap_ray.config.shift import ShiftSettings
 from clipgap_ray.errors import DataError
 from clipgap_ray.kernels import robustness, shift
-from clipgap_ray.reporting import figures_models
-from clipgap_ray.reporting.theme import render
+from clipgap_ray.reporting import figures_groups, figures_models, variants
+from clipgap_ray.reporting.page import csv_bytes
+from clipgap_ray.reporting.study import Predictions, predictions_of
+from clipgap_ray.reporting.theme import Draw, render
 
 SUFFIXES = ("_c", "_k")
 
@@ -31,7 +35,8 @@ def run(settings: ShiftSettings) -> rundir.Summary:
         DataError: If a file lacks columns, or a group has no photos.
     """
     started = time.monotonic()
-    counted, warnings = _from_table(settings) if settings.table else (_from_predictions(settings), [])
+    read = {name: _predictions(path) for name, path in prediction_files(settings.predictions).items()}
+    counted, warnings = _from_table(settings) if settings.table else ({n: _count(p) for n, p in read.items()}, [])
     models: dict[str, Any] = {}
     for name, counts in counted.items():
         try:
@@ -39,14 +44,19 @@ def run(settings: ShiftSettings) -> rundir.Summary:
             models[name] = {"model": name, **shift.summarise(counts, rng, settings.groups, settings.draws)}
         except ValueError as error:
             raise DataError(f"{name}: {error}", hint="name the groups with --groups FIRST SECOND") from None
+    ways = _variants(settings, read)
+    for name, rows in ways.items():
+        models[name]["variants"] = rows
     result: dict[str, Any] = {"models": models, "warnings": warnings, "settings": settings.fingerprint()}
     if len(models) == 1:
         result = {**next(iter(models.values())), **result}
     store.write_json(store.join(settings.out, "shift.json"), result)
     _write_csv(settings.out, models)
-    draw = partial(figures_models.group_bars, list(models.values()), settings.groups)
-    for suffix, kind in (("svg", "light.svg"), ("png", "light.png")):
-        store.write_bytes(store.join(settings.out, f"shift.{suffix}"), render(draw)[kind])
+    _write_figure(settings.out, "shift", partial(figures_models.group_bars, list(models.values()), settings.groups))
+    if ways:
+        lines = [{"model": name, **row} for name, rows in ways.items() for row in rows]
+        store.write_bytes(store.join(settings.out, "variants.csv"), csv_bytes(lines))
+        _write_figure(settings.out, "variants", partial(figures_groups.variants, ways))
     images = int(sum(counts.totals.sum() for counts in counted.values()))
     summary = rundir.Summary("shift", read=images, kept=images, seconds=time.monotonic() - started)
     summary.extra.update(models={name: m["drop"] for name, m in models.items()}, warnings=warnings)
@@ -54,22 +64,35 @@ def run(settings: ShiftSettings) -> rundir.Summary:
     return summary
 
 
-def _from_predictions(settings: ShiftSettings) -> dict[str, shift.GroupCounts]:
-    counted = {}
-    for word in settings.predictions:
-        name, separator, path = word.partition("=")
-        if not separator:
-            name, path = word.rsplit("/", 1)[-1].removesuffix(".parquet"), word
-        table = store.read_table(path)
-        missing = [column for column in ("class_name", "group", "correct") if column not in table.column_names]
-        if missing:
-            raise DataError(
-                f"{path} lacks the columns {missing}", hint=f"expected {', '.join(schema.PREDICTIONS.names)}"
-            )
-        correct = table.column("correct").to_numpy(zero_copy_only=False).astype(bool)
-        groups = [group or "" for group in table.column("group").to_pylist()]
-        counted[name] = shift.count(table.column("class_name").to_pylist(), groups, correct)
-    return counted
+def _predictions(path: str) -> Predictions:
+    table = store.read_table(path)
+    missing = [column for column in ("class_name", "group", "correct") if column not in table.column_names]
+    if missing:
+        raise DataError(f"{path} lacks the columns {missing}", hint=f"expected {', '.join(schema.PREDICTIONS.names)}")
+    return predictions_of(table)
+
+
+def _count(found: Predictions) -> shift.GroupCounts:
+    return shift.count(found.classes, found.groups, found.correct)
+
+
+def _variants(settings: ShiftSettings, read: dict[str, Predictions]) -> dict[str, list[dict[str, Any]]]:
+    """Every model's ways of being asked, its --predictions first."""
+    files = prediction_files(settings.predictions)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, others in variant_files(settings.variants, list(files)).items():
+        paths = {variants.FIRST: files[name], **others}
+        ways = {way: read[name] if way == variants.FIRST else _predictions(path) for way, path in paths.items()}
+        unnamed = [paths[way] for way, own in ways.items() if not own.uids]
+        if unnamed:
+            raise DataError(f"{unnamed[0]} has no column uid: its photos cannot be paired with another way's")
+        first, *rest = [(way, own, own.correct.astype(np.float64)) for way, own in ways.items()]
+        facts = {way: variants.beside(path) for way, path in paths.items()}
+        try:
+            found[name] = variants.compare(first, rest, facts, settings.groups, settings.draws, settings.seed)
+        except ValueError as error:
+            raise DataError(f"--variants of {name}: {error}") from None
+    return found
 
 
 def _from_table(settings: ShiftSettings) -> tuple[dict[str, shift.GroupCounts], list[str]]:
@@ -99,9 +122,11 @@ def _from_table(settings: ShiftSettings) -> tuple[dict[str, shift.GroupCounts], 
 
 
 def _write_csv(out: str, models: dict[str, Any]) -> None:
-    buffer = io.StringIO()
     records = [{"model": name, **row} for name, model in models.items() for row in model["classes"]]
-    writer = csv.DictWriter(buffer, list(records[0]))
-    writer.writeheader()
-    writer.writerows(records)
-    store.write_bytes(store.join(out, "per_class.csv"), buffer.getvalue().encode())
+    store.write_bytes(store.join(out, "per_class.csv"), csv_bytes(records))
+
+
+def _write_figure(out: str, name: str, draw: Draw) -> None:
+    files = render(draw)
+    for suffix in ("svg", "png"):
+        store.write_bytes(store.join(out, f"{name}.{suffix}"), files[f"light.{suffix}"])

@@ -9,6 +9,7 @@ import pytest
 
 from clipgap_ray.config.report import ReportSettings
 from clipgap_ray.stages import report
+from tests.unit.study_extras import add_extras
 from tests.unit.study_fixture import build_study
 
 CHROMIUM = shutil.which("chromium")
@@ -36,7 +37,7 @@ def _browse(page: Path, profile: Path, *flags: str) -> str:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    build_study(folder)
+    add_extras(build_study(folder))
     report.run(ReportSettings(study=str(folder)))
     return folder / "report" / "index.html"
 

@@ -284,7 +284,9 @@ def _write_diagnostics(built: Built) -> None:
         for name, keep in {"pool": np.ones(s.shape[1], bool), **built.keeps}.items():
             kth = np.median(-np.sort(-np.where(keep, s, -np.inf), axis=1)[:, :NEIGHBOURS], axis=0)
             within = float((np.where(keep, s, -np.inf) > built.tau[test][:, None] - 0.05).sum(axis=1).mean())
-            records.append({"split": name, "test": test, "mean_rows_within": {"0.05": within},
+            best = np.where(keep, s, -np.inf).max(axis=1)
+            records.append({"split": name, "test": test, "num_images": len(s), "mean_rows_within": {"0.05": within},
+                            "duplicate_rate": {f"{at:g}": float((best >= at).mean()) for at in (0.9, 0.99)},
                             "median_kth_similarity": [float(x) if np.isfinite(x) else None for x in kth]})  # fmt: skip
         curve = [float(np.median(built.tau[test])) - 0.02 * j for j in range(NEIGHBOURS)]
         records.append({"split": "reference", "test": test, "median_kth_similarity": curve})
@@ -308,6 +310,9 @@ def _write_truth(built: Built) -> None:
          "kept_uid": built.pool.uids[i + 10] if i in (1, 2) else uid, "reason": "sha256" if i in (1, 2) else "",
          "group": i} for i, uid in enumerate(built.pool.uids)
     ]  # fmt: skip
+    thresholds = {"0.98": {"kept": len(keep) - 2, "dropped": {"sha256": 2}},
+                  "0.9": {"kept": len(keep) - 5, "dropped": {"sha256": 2, "similarity": 3}}}  # fmt: skip
+    store.write_json(str(built.root / "dedup" / "summary.json"), {"stage": "dedup", "thresholds": thresholds})
     table = pa.Table.from_pylist(keep, schema=schema.KEEP)
     store.write_table(str(built.root / "dedup" / "keep" / "part-00000.parquet"), table)
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-import statsmodels.api as sm
 from scipy.special import expit
 
-from clipgap_ray.kernels import decomposition, overlap
+from clipgap_ray.kernels import decomposition, overlap, spline_logit
 from clipgap_ray.kernels.overlap import Photos
+from tests.unit.test_overlap import by_hand
 
 CLASSES, COMMON, COUNTER = 45, 160, 130  # the sizes of counteranimal.md 7.3
 GAP = 0.06  # counter photos lie this much farther from the pool
@@ -72,27 +72,12 @@ def test_in_the_null_world_nothing_drops_and_no_share_is_given() -> None:
 # --- twins -----------------------------------------------------------------------------------------------
 
 
-def test_the_fit_is_statsmodels_binomial_regression() -> None:
-    photos, _ = world(SLOPE, GROUP, classes=6)
-    knots = decomposition.place_knots(photos.similarity)
-    weights = np.random.default_rng(2).integers(0, 3, len(photos.rate)).astype(float)
-    design = np.column_stack(
-        [
-            photos.class_at[:, None] == np.arange(6),
-            photos.second,
-            decomposition.spline_columns(photos.similarity, knots),
-        ]
-    ).astype(float)
-    twin = sm.GLM(photos.rate, design, sm.families.Binomial(), freq_weights=weights).fit(tol=1e-12).params
-    assert decomposition.fit(photos, knots, weights).coefficients == pytest.approx(twin, abs=1e-4)
-
-
 def test_a_class_that_is_always_right_or_always_wrong_predicts_so() -> None:
     photos, _ = world(SLOPE, GROUP, classes=4)
     rate = photos.rate.copy()
     rate[photos.class_at == 0], rate[photos.class_at == 1] = 0.0, 1.0
     photos = Photos(rate, photos.similarity, photos.class_at, photos.second, photos.classes, photos.pair)
-    fitted = decomposition.fit(photos, decomposition.place_knots(photos.similarity))
+    fitted = spline_logit.fit(photos, spline_logit.place_knots(photos.similarity))
     predicted = fitted.predict(photos.class_at, photos.second, photos.similarity)
     assert predicted[photos.class_at == 0].max() < 1e-3
     assert predicted[photos.class_at == 1].min() > 1 - 1e-3
@@ -101,7 +86,7 @@ def test_a_class_that_is_always_right_or_always_wrong_predicts_so() -> None:
 
 def test_standardising_is_an_average_over_both_groups_and_both_similarities() -> None:
     photos, _ = world(SLOPE, GROUP, classes=3)
-    fitted = decomposition.fit(photos, decomposition.place_knots(photos.similarity))
+    fitted = spline_logit.fit(photos, spline_logit.place_knots(photos.similarity))
     for c in range(3):
         mean = {}
         for h, side in enumerate(photos.of_class(c)):
@@ -126,56 +111,15 @@ def test_the_two_stage_interval_covers_the_spread_between_worlds() -> None:
     found = []
     for seed in range(60):
         photos, _ = world(SLOPE, GROUP, classes=8, seed=seed)
-        fitted = decomposition.fit(photos, decomposition.place_knots(photos.similarity))
+        fitted = spline_logit.fit(photos, spline_logit.place_knots(photos.similarity))
         found.append(decomposition.standardise(photos, fitted)[:, 1].mean())
     photos, _ = world(SLOPE, GROUP, classes=8, seed=100)
-    fitted = decomposition.fit(photos, decomposition.place_knots(photos.similarity))
+    fitted = spline_logit.fit(photos, spline_logit.place_knots(photos.similarity))
     samples = decomposition.bootstrap(photos, fitted, np.random.default_rng(0), 150)["residual"]
     assert 0.6 < samples.std() / np.std(found) < 1.6
 
 
 # --- exposure, support, matching ---------------------------------------------------------------------------
-
-
-def by_hand(first: list[float], second: list[float]) -> Photos:
-    s = np.array(first + second)
-    groups = ["common"] * len(first) + ["counter"] * len(second)
-    return overlap.take(["a"] * len(s), groups, np.ones(len(s)), s)[0]
-
-
-def test_exposure_by_hand() -> None:
-    found = overlap.exposure(by_hand([0.9, 0.8], [0.8, 0.5]))
-    assert found["difference"] == pytest.approx(0.2)
-    assert found["auc"] == pytest.approx((1 + 1 + 0.5 + 1) / 4)
-    assert found["ks"] == pytest.approx(0.5)
-
-
-def test_common_support_runs_from_the_larger_minimum_to_the_smaller_maximum() -> None:
-    photos = by_hand([0.5, 0.6, 0.9], [0.4, 0.55, 0.7])
-    assert overlap.supported(photos).tolist() == [True, True, False, False, True, True]
-    assert overlap.overlap(photos)["per_group"] == {"common": pytest.approx(2 / 3), "counter": pytest.approx(2 / 3)}
-
-
-def test_matching_makes_the_most_and_the_closest_pairs() -> None:
-    photos = by_hand([0.50, 0.52, 0.90], [0.51, 0.53, 0.10])
-    reach = 0.021 / overlap.within_class_sd(photos)
-    pairs = {tuple(photos.similarity[[a, b]].tolist()) for a, b in zip(*overlap.match(photos, reach), strict=True)}
-    assert pairs == {(0.50, 0.51), (0.52, 0.53)}
-    assert len(overlap.match(photos, 0.001)[0]) == 0
-
-
-def test_take_leaves_out_other_groups_and_names_classes_without_both() -> None:
-    photos, kept, left_out = overlap.take(
-        ["a", "a", "b", "a"], ["common", "counter", "common", "other"], np.array([1, 0, 1, 1]), np.arange(4) / 4
-    )
-    assert (kept.tolist(), left_out, photos.classes) == ([0, 1], ["b"], ("a",))
-    with pytest.raises(ValueError, match="groups are other"):
-        overlap.take(["a"], ["other"], np.ones(1), np.ones(1))
-    with pytest.raises(ValueError, match="1 of 2 photos have no finite similarity"):
-        overlap.take(["a", "a"], ["common", "counter"], np.ones(2), np.array([0.1, -np.inf]))
-
-
-# --- refusals ----------------------------------------------------------------------------------------------
 
 
 def test_without_overlap_nothing_is_split() -> None:

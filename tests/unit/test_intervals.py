@@ -58,3 +58,12 @@ def test_seeds_widen_a_drop() -> None:
 def test_different_images_are_refused() -> None:
     with pytest.raises(ValueError, match="same images"):
         intervals.paired_drop(np.ones((1, 3)), np.ones((1, 4)))
+
+
+def test_images_are_resampled_jointly_for_all_models() -> None:
+    rng = np.random.default_rng(0)
+    one = rng.random(200) < 0.6
+    means = intervals.resampled_means(np.stack([one, one, ~one]), 3000, np.random.default_rng(1))
+    assert (means[:, 0] == means[:, 1]).all()
+    assert means[:, 0] + means[:, 2] == pytest.approx(1)
+    assert means[:, 0].std() == pytest.approx(np.sqrt(one.mean() * (1 - one.mean()) / 200), rel=0.06)

@@ -17,6 +17,7 @@ from clipgap_ray import schema, store
 from clipgap_ray.config.report import ReportSettings
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.hidden import read_hidden
+from clipgap_ray.kernels import robustness
 from clipgap_ray.reporting import (
     conclusions,
     density,
@@ -25,6 +26,8 @@ from clipgap_ray.reporting import (
     galleries,
     joined,
     planted,
+    robust,
+    sections_groups,
     similarity,
     tables,
     theme,
@@ -147,14 +150,25 @@ def test_removed_rows_add_up_to_the_cut(built, study) -> None:
 
 
 def test_robustness_needs_two_baselines(study, tmp_path) -> None:
-    panels = tables.robustness_panels(study, tables.accuracy(study))
+    panels = robust.panels(study, tables.accuracy(study), 200, 0)
     assert [p.test for p in panels] == ["sketch", "counteranimal"]
     assert panels[0].line.num_points == 3
     full = tables.lookup(panels[0].points, arm="full")
     assert full["residual_pp"] == pytest.approx(100 * (full["y"] - full["predicted"]))
+    assert full["residual_low_pp"] < full["residual_pp"] < full["residual_high_pp"]
+    assert full["residual_se_seeds_pp"] > 0
+    assert len(panels[0].without) == len(panels[0].lines) == 3
+    by_hand = [
+        robustness.residuals_pp(line, np.array([full["x"]]), np.array([full["y"]]))[0] for line in panels[0].lines
+    ]
+    assert (full["leave_one_out_low_pp"], full["leave_one_out_high_pp"]) == (min(by_hand), max(by_hand))
+    assert [line["axes"] for line in panels[0].axes] == list(robustness.AXES)
+    outside = [p for p in panels[0].points if p["extrapolates"]]
+    assert all((p["beyond_pp"] > 0) == p["extrapolates"] for p in panels[0].points)
+    assert any(f"{len(outside)} of {len(panels[0].points)}" in text for text in robust.warnings(panels, "val"))
     build_study(tmp_path, pool_rows=120, test_rows=24, num_supervised=1)
     small = Study.open(str(tmp_path))
-    alone = tables.robustness_panels(small, tables.accuracy(small))
+    alone = robust.panels(small, tables.accuracy(small), 20, 0)
     assert alone[0].line is None
     assert "1 supervised baseline" in alone[0].why_no_line
     assert "No line" in conclusions.on_robustness(alone, "val")
@@ -193,6 +207,13 @@ def test_the_join_takes_every_arm_beside_what_it_was_trained_on(built, study) ->
     line = joined.flat(records["full"])
     assert line["drop_pp"] == pytest.approx(tables.group_shift(study, 20, 0)[0]["drop"]["drop_pp"])
     assert records["full"]["arm"] in conclusions.on_join(list(records.values()))
+
+
+def test_warnings_that_many_models_share_are_said_once() -> None:
+    results = [{"arm": "a-b", "warnings": ["they miss the drop by +1.4 points: no", "no share"]},
+               {"arm": "c", "warnings": ["they miss the drop by -2.0 points: no"]}]  # fmt: skip
+    said = sections_groups._warnings(results)
+    assert said == ["a-b, c: they miss the drop by −2.0 to +1.4 points: no.", "a-b: no share."]
 
 
 # --- galleries -------------------------------------------------------------------------------------------
@@ -235,7 +256,7 @@ def test_blocked_images_are_never_shown(built, study, tmp_path) -> None:
     ("rule", "message"),
     [
         ("nsfw", "is no rule"),
-        ("punsafe>0.5", "no column 'punsafe'"),
+        ("punsafe>low", "cannot be read"),
         ("caption>3", "caption is string"),
         ("width~3", "width is int32"),
         ("caption~(", "cannot be read"),
@@ -245,6 +266,27 @@ def test_blocked_images_are_never_shown(built, study, tmp_path) -> None:
 def test_a_rule_that_hides_nothing_is_refused(rule, message) -> None:
     with pytest.raises(ConfigError, match=message):
         ReportSettings.load({"study": "s", "hide": (rule,)}, "report")
+
+
+def test_rules_may_name_a_column_that_somebody_added_to_the_pool(built, tmp_path) -> None:
+    root = tmp_path / "s"
+    shutil.copytree(built.root, root, ignore=shutil.ignore_patterns("report", "eval", "runs"))
+    with pytest.raises(ConfigError, match=r"no column 'punsafe'[\s\S]*columns: image_path, .*clip_score"):
+        report.run(ReportSettings(study=str(root), hide=("punsafe>0.5",)))
+    parts = sorted((root / "embed" / "pool" / "metadata").glob("*.parquet"))
+    for part in parts:
+        table = pq.read_table(part)
+        unsafe = pa.array([0.9 if row % 2 else 0.1 for row in range(table.num_rows)])
+        store.write_table(str(part), table.append_column("punsafe", unsafe))
+    study = Study.open(str(root))
+    hidden = read_hidden("", ("punsafe>0.5",), galleries.rule_columns(study.embeddings("pool")))
+    pictures = galleries.Thumbnails(study.embeddings, hidden)
+    assert pictures.by_row_id("pool", 21) == ("", "", "hidden by punsafe>0.5")
+    assert pictures.by_row_id("pool", 20)[0].startswith("data:image/jpeg")
+    assert pictures.by_row_id("val", 21)[0].startswith("data:image/jpeg")  # a test set without the column
+    store.write_table(str(parts[1]), pq.read_table(parts[1]).drop_columns("punsafe"))
+    with pytest.raises(DataError, match=r"punsafe[\s\S]*in all parts"):
+        galleries.Thumbnails(Study.open(str(root)).embeddings, hidden).by_row_id("pool", (1 << 32) + 3)
 
 
 @pytest.mark.parametrize(("span", "widest", "width"), [(0.4, 0.05, 0.05), (0.06, 0.05, 0.01), (0.06, 0.002, 0.002)])
@@ -314,7 +356,7 @@ def test_page_is_self_contained_and_holds_every_section(page) -> None:
     assert all(link.startswith("data:image/") for link in links.loaded)
     anchors = re.findall(r'<section id="([a-z-]+)"', page)
     assert anchors == ["answers", "table", "similarity", "accuracy-similarity", "pruning", "robustness", "galleries",
-                       "gap-check", "density", "removed", "groups", "drop-similarity", "training",
+                       "gap-check", "density", "removed", "groups", "drop-similarity", "duplicates", "training",
                        "provenance"]  # fmt: skip
     assert "prefers-color-scheme: dark" in page
     assert "NaN" not in re.sub(r"data:[^\"]*", "", page)
@@ -354,7 +396,7 @@ def test_the_same_records_give_the_same_figure(built, study, page) -> None:
 def test_what_is_missing_is_named_in_the_page(built, tmp_path, gone, missing, monkeypatch) -> None:
     monkeypatch.setattr(report.page, "render", lambda draw: draw(theme.LIGHT) and EMPTY)  # draws, writes no bytes
     shutil.copytree(built.root, tmp_path / "s", ignore=shutil.ignore_patterns("report", gone))
-    summary = report.run(ReportSettings(study=str(tmp_path / "s"), gallery_rows=1, draws=50))
+    summary = report.run(ReportSettings(study=str(tmp_path / "s"), gallery_rows=1, draws=5))
     assert set(summary.extra["missing"]) == missing
     html = (tmp_path / "s" / "report" / "index.html").read_text()
     assert html.count("Not shown:") == len(missing)

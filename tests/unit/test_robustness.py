@@ -78,3 +78,28 @@ def test_two_baselines_make_a_line_without_error_and_one_makes_none() -> None:
     assert line.band(np.array([0.5])) is None
     with pytest.raises(ValueError, match="at least two"):
         robustness.fit(np.array([0.4, 0.4]), np.array([0.2, 0.6]))
+
+
+def test_samples_of_residuals_are_refitted_lines() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.uniform(0.2, 0.9, (6, 3)), rng.uniform(0.1, 0.8, (6, 3))
+    base_x, base_y = rng.uniform(0.3, 0.8, (6, 4)), rng.uniform(0.2, 0.7, (6, 4))
+    for axes in robustness.AXES:
+        found = robustness.residual_samples_pp(x, y, base_x, base_y, axes)
+        for draw in range(6):  # the slow twin fits one line after the other
+            line = robustness.fit(base_x[draw], base_y[draw], axes)
+            assert found[draw] == pytest.approx(robustness.residuals_pp(line, x[draw], y[draw]))
+    base_x[2] = 0.5
+    found = robustness.residual_samples_pp(x, y, base_x, base_y)
+    assert np.isnan(found).all(axis=1).tolist() == [False, False, True, False, False, False]
+
+
+def test_the_range_over_lines_holds_every_line_s_residual() -> None:
+    base = np.array([0.3, 0.5, 0.6, 0.8])
+    lines = [line for line, _ in robustness.leave_one_out(base, base**2) if line is not None]
+    low, high = robustness.residual_range_pp(lines, np.array([0.4, 0.7]), np.array([0.3, 0.6]))
+    each = np.stack([robustness.residuals_pp(line, np.array([0.4, 0.7]), np.array([0.3, 0.6])) for line in lines])
+    assert (low == each.min(axis=0)).all()
+    assert (high == each.max(axis=0)).all()
+    with pytest.raises(ValueError, match="at least one line"):
+        robustness.residual_range_pp([], base, base)

@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from clipgap_ray.config.robustness import RobustnessSettings
 from clipgap_ray.errors import DataError
@@ -40,6 +42,37 @@ def test_percent_and_fractions_mix_and_residuals_are_points(files) -> None:
     assert any("high" in warning and "extrapolated" in warning for warning in result["warnings"])
     assert any("broken" in warning and "moved inside" in warning for warning in result["warnings"])
     assert (files / "out" / "robustness.png").stat().st_size > 5000
+
+
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Drawing takes longer than everything else here; the first test draws."""
+    monkeypatch.setattr(robustness, "render", lambda draw: {"light.svg": b"", "light.png": b""})
+
+
+def test_residuals_stand_beside_other_lines_and_axes(files, undrawn) -> None:
+    robustness.run(settings(files))
+    result = json.loads((files / "out" / "robustness.json").read_text())
+    clip = result["residuals"][0]
+    assert clip["interval_pp"] is None  # the tables have no counts of images
+    assert clip["leave_one_out_pp"][0] < clip["residual_pp"] < clip["leave_one_out_pp"][1]
+    assert clip["residual_probit_pp"] == clip["residual_pp"]
+    assert clip["residual_logit_pp"] != clip["residual_linear_pp"]
+    assert result["lines"]["logit"]["slope"] == pytest.approx(1.1454, abs=0.001)  # counteranimal.md 3, logit OLS
+
+
+def test_counts_of_images_give_intervals(files, undrawn) -> None:
+    for name, n in (("base", 7000), ("clip", 500)):
+        lines = (files / f"{name}.csv").read_text().splitlines()
+        (files / f"{name}.csv").write_text("\n".join([lines[0] + ",nx,ny", *(f"{line},{n},{n}" for line in lines[1:])]))
+    robustness.run(settings(files, x_n="nx", y_n="ny", draws=1000))
+    clip = json.loads((files / "out" / "robustness.json").read_text())["residuals"][0]
+    low, high = clip["interval_pp"]
+    # The model's own noise: that of y, and that of x along the line, whose slope is 1.21 in probits.
+    slope = 1.2138 * stats.norm.pdf(stats.norm.ppf(clip["predicted"])) / stats.norm.pdf(stats.norm.ppf(0.6713))
+    noise = 100 * np.sqrt(0.3695 * 0.6305 / 500 + slope**2 * 0.6713 * 0.3287 / 500)
+    assert (high - low) / (2 * 1.96) == pytest.approx(noise, rel=0.1)
+    assert "interval_low_pp" in (files / "out" / "residuals.csv").read_text().splitlines()[0]
 
 
 def test_missing_columns_and_impossible_values_are_named(files) -> None:

@@ -85,3 +85,38 @@ def test_a_missing_group_is_named() -> None:
     counts = shift.count(["a"], ["easy"], np.array([True]))
     with pytest.raises(ValueError, match="no photos of group 'common'; groups are easy"):
         shift.summarise(counts, np.random.default_rng(0))
+
+
+def test_the_change_between_two_ways_of_asking_is_paired_by_photo() -> None:
+    rng = np.random.default_rng(3)
+    classes = [f"c{i}" for i in np.repeat(np.arange(6), 50)] + ["lonely"] * 3
+    groups = ["common", "counter"] * 150 + ["common"] * 3
+    before = rng.random(303) < 0.5
+    after = np.where(rng.random(303) < 0.2, rng.random(303) < 0.9, before)
+    found = shift.change(classes, groups, before, after, np.random.default_rng(0), draws=4000)
+    drops = [shift.summarise(shift.count(classes, groups, c), np.random.default_rng(0), draws=10)["drop"]
+             for c in (before, after)]  # fmt: skip
+    assert found["num_photos"] == 300
+    assert found["drop_change_pp"] == pytest.approx(drops[1]["drop_pp"] - drops[0]["drop_pp"])
+    unbalanced = drops[1]["unbalanced_drop_pp"] - drops[0]["unbalanced_drop_pp"]
+    assert found["unbalanced_change_pp"] == pytest.approx(unbalanced)
+    # The slow twin resamples photos one by one, each with both of its outcomes.
+    names, seconds = np.array(classes[:300]), np.array(groups[:300]) == "counter"
+    delta = after[:300].astype(float) - before[:300]
+    cells = [[delta[(names == f"c{c}") & (seconds == g)] for g in (False, True)] for c in range(6)]
+    pooled = []
+    for _ in range(2000):
+        drawn = [[rng.choice(cell, len(cell)) for cell in row] for row in cells]
+        sides = [np.concatenate([row[g] for row in drawn]).mean() for g in (0, 1)]
+        pooled.append(100 * (sides[0] - sides[1]))
+    assert found["unbalanced_interval_pp"] == pytest.approx(np.quantile(pooled, [0.025, 0.975]).tolist(), abs=1.0)
+    low, high = found["interval_pp"]
+    assert low < found["drop_change_pp"] < high
+    same = shift.change(classes, groups, before, before, np.random.default_rng(0), draws=50)
+    assert (same["drop_change_pp"], same["interval_pp"]) == (0.0, [0.0, 0.0])
+
+
+def test_means_over_seeds_count_as_parts_of_a_photo() -> None:
+    counts = shift.count(["a", "a", "a"], ["x", "x", "y"], np.array([0.5, 1.0, 0.25]))
+    assert counts.hits.tolist() == [[1.5, 0.25]]
+    assert counts.totals.tolist() == [[2, 1]]
