@@ -43,6 +43,10 @@ class ServeSettings(Settings):
     """Largest request in megabytes."""
     max_image_megapixels: pydantic.PositiveFloat = 32.0
     """Largest image, in megapixels after decompression."""
+    image_url: bool = False
+    """Allow images by address in queries: http and https, public addresses only, no larger than a request may be."""
+    image_url_timeout_s: Annotated[pydantic.PositiveFloat, Operational()] = 5.0
+    """Seconds to wait for all images that a request gives by address."""
     shard_timeout_s: Annotated[pydantic.PositiveFloat, Operational()] = 5.0
     """An index shard that takes longer is left out; the answer says `degraded`."""
     replicas: Annotated[pydantic.PositiveInt, Operational()] = 1

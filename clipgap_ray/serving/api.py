@@ -23,6 +23,7 @@ from clipgap_ray import __version__
 from clipgap_ray.errors import ClipgapError
 from clipgap_ray.serving import clip_retrieval
 from clipgap_ray.serving.backend import Backend
+from clipgap_ray.serving.fetch import Fetcher
 from clipgap_ray.serving.filters import read_filter
 from clipgap_ray.serving.guard import Guard, Meters
 from clipgap_ray.serving.inputs import read_search, read_zero_shot
@@ -52,23 +53,27 @@ PAGE_POLICY = "default-src 'self'; img-src 'self' blob: data:; frame-ancestors '
 Body = TypeVar("Body", bound=pydantic.BaseModel)
 
 
-def make_api(backend: Backend, limits: Limits | None = None, token_hash: str | None = None) -> FastAPI:
+def make_api(
+    backend: Backend, limits: Limits | None = None, token_hash: str | None = None, fetcher: Fetcher | None = None
+) -> FastAPI:
     """Build the application.
 
     Args:
         backend: What answers.
         limits: What one request may ask for.
         token_hash: `guard.token_sha256` of the bearer token; None lets everybody in.
+        fetcher: Of images given by address; default: from public addresses within the limits.
     """
     limits = limits or Limits()
+    fetcher = fetcher or Fetcher(limits)
     meters = Meters()
     refused: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 503)
     }
     app = FastAPI(title="clipgap", version=__version__, redoc_url=None, responses=refused)
     _add_errors(app)
-    _add_v1(app, backend, limits, meters)
-    clip_retrieval.add_routes(app, backend, limits)
+    _add_v1(app, backend, limits, meters, fetcher)
+    clip_retrieval.add_routes(app, backend, limits, fetcher)
     _add_health(app, backend, meters)
     _describe_bodies(app, [SearchRequest, SimilarityRequest, ZeroShotRequest])
     routes = frozenset(getattr(route, "path", "") for route in app.routes) | {
@@ -79,13 +84,13 @@ def make_api(backend: Backend, limits: Limits | None = None, token_hash: str | N
     return app
 
 
-def _add_v1(app: FastAPI, backend: Backend, limits: Limits, meters: Meters) -> None:
+def _add_v1(app: FastAPI, backend: Backend, limits: Limits, meters: Meters, fetcher: Fetcher) -> None:
     @app.post("/v1/search", openapi_extra=_body_schema("SearchRequest"))
     async def search(body: Annotated[tuple[Any, list[bytes]], Depends(_parse_search)]) -> SearchResponse:
         """Nearest rows of a text, an image, a vector or a sample of the index; or of a batch of them."""
         request, uploads = body
         within = read_filter(request.filter, [split.name for split in await backend.splits()] if request.filter else [])
-        queries = read_search(request, limits, uploads)
+        queries = await fetcher.fill(read_search(request, limits, uploads))
         found = await backend.search(request.index, queries, request.k, request.collapse, within)
         if found.answer.degraded:
             meters.degraded.inc()
@@ -102,7 +107,8 @@ def _add_v1(app: FastAPI, backend: Backend, limits: Limits, meters: Meters) -> N
     async def similarity(body: Annotated[tuple[Any, list[bytes]], Depends(_parse_similarity)]) -> SimilarityResponse:
         """How covered is it by the training set: nearest training and test images, percentile, which splits drop it."""
         request, uploads = body
-        covered = await backend.similarity(request.index, read_search(request, limits, uploads), request.k)
+        queries = await fetcher.fill(read_search(request, limits, uploads))
+        covered = await backend.similarity(request.index, queries, request.k)
         answer = covered.found.answer
         if answer.degraded:
             meters.degraded.inc()

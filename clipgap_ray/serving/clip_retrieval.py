@@ -14,6 +14,7 @@ import pydantic
 from fastapi import FastAPI, Request
 
 from clipgap_ray.serving.backend import Backend
+from clipgap_ray.serving.fetch import Fetcher
 from clipgap_ray.serving.inputs import read_search
 from clipgap_ray.serving.messages import ApiError, Finite, Limits, Neighbour, SearchRequest
 
@@ -47,7 +48,7 @@ class MetadataRequest(pydantic.BaseModel):
     ids: list[Annotated[int, pydantic.Field(ge=0, lt=1 << 63)]] = pydantic.Field(max_length=10_000)
 
 
-def add_routes(app: FastAPI, backend: Backend, limits: Limits) -> None:
+def add_routes(app: FastAPI, backend: Backend, limits: Limits, fetcher: Fetcher) -> None:
     """Add /indices-list, /knn-service and /metadata to an application."""
 
     @app.get("/indices-list")
@@ -67,7 +68,8 @@ def add_routes(app: FastAPI, backend: Backend, limits: Limits) -> None:
             k=max(asked.num_images, asked.num_result_ids or 0), index=asked.indice_name,
             collapse=DUPLICATE if asked.deduplicate else None,
         )  # fmt: skip
-        found = await backend.search(query.index, read_search(query, limits), query.k, query.collapse)
+        queries = await fetcher.fill(read_search(query, limits))
+        found = await backend.search(query.index, queries, query.k, query.collapse)
         (near,) = found.neighbours
         return [
             await _described(backend, query.index, row, with_image=at < MOST_IMAGES)

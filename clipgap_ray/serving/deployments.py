@@ -275,6 +275,8 @@ def build_app(args: ServeSettings | Mapping[str, Any]) -> serve.Application:
         batch=settings.max_batch,
         body_bytes=int(settings.max_body_mb * 1e6),
         image_pixels=int(settings.max_image_megapixels * 1e6),
+        image_url=settings.image_url,
+        image_url_s=settings.image_url_timeout_s,
     )
     read_hidden(settings.blocklist, settings.hide)
     if settings.scores:

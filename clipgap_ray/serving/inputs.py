@@ -37,12 +37,14 @@ class Query:
         image: Bytes of an image file of a known format, within the limits.
         vector: (d,) float32, unit norm.
         uid: 32 hex characters in lower case.
+        image_url: Where an image lies, not looked at yet (`fetch`).
     """
 
     text: str | None = None
     image: bytes | None = None
     vector: np.ndarray | None = None
     uid: str | None = None
+    image_url: str | None = None
 
 
 def read_search(
@@ -124,6 +126,8 @@ def _read_query(query: QueryFields, limits: Limits) -> Query:
         if not UID_TEXT.match(query.uid):
             raise ApiError(400, "invalid_uid", "uid is not 32 hex characters")
         return Query(uid=query.uid.lower())
+    if limits.image_url:
+        return Query(image_url=query.image_url)
     raise ApiError(
         400, "image_url_off", "image_url is not allowed on this server", "send the image itself: base64 or multipart"
     )

@@ -103,7 +103,15 @@ class WorldSpec:
         self._check_fractions()
 
     def _check_fractions(self) -> None:
-        rates = ("leak_rate", "exact_rate", "near_rate", "no_class_rate", "wrong_rate", "off_topic_rate", "obscured_rate")
+        rates = (
+            "leak_rate",
+            "exact_rate",
+            "near_rate",
+            "no_class_rate",
+            "wrong_rate",
+            "off_topic_rate",
+            "obscured_rate",
+        )
         for name in (*rates, "correlation", "difficulty"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected a number from 0 to 1")
