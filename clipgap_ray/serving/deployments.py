@@ -40,6 +40,7 @@ from clipgap_ray.serving.filters import Filter, FilteredShard
 from clipgap_ray.serving.guard import token_sha256
 from clipgap_ray.serving.messages import ApiError, IndexInfo, Limits
 from clipgap_ray.serving.metadata import Metadata
+from clipgap_ray.uidmap import UidMap
 
 QUEUE = 256  # requests waiting per replica; more get 503
 ENCODER_BATCH = 16
@@ -229,7 +230,8 @@ class Gateway:
         hidden = read_hidden(config.blocklist, config.hide)
         for name, uri in config.indexes.items():
             manifest = rundir.read_manifest(uri, "index")
-            metadata = Metadata(manifest["embeddings"]["uri"], manifest["modality"], hidden=hidden)
+            uids = UidMap.of_index(uri, manifest)
+            metadata = Metadata(manifest["embeddings"]["uri"], manifest["modality"], hidden=hidden, uids=uids)
             info = index_info(name, manifest)
             searchers[name] = RemoteSearcher(info, shards[name], metadata, config.shard_timeout_s)
         coverage = Coverage(config.scores, config.splits) if config.scores else None
