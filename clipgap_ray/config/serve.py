@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import pathlib
 from typing import Annotated
 
 import pydantic
@@ -12,6 +14,29 @@ from clipgap_ray.config.base import Operational, Settings
 from clipgap_ray.errors import ConfigError
 
 TOKEN_VARIABLE = "CLIPGAP_TOKEN"
+ADMIN_VARIABLE = "CLIPGAP_ADMIN_TOKEN"
+
+
+def read_token(variable: str) -> str:
+    """Return a bearer token from an environment variable, or from the file that <variable>_FILE names; "" for none.
+
+    Never from a flag: other users of the machine see the flags of a process.
+
+    Raises:
+        ConfigError: If the file cannot be read or is empty.
+    """
+    path = os.environ.get(f"{variable}_FILE", "")
+    if not path:
+        return os.environ.get(variable, "").strip()
+    try:
+        token = pathlib.Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{variable}_FILE: {path} cannot be read: {error}", hint="a text file with one token"
+        ) from None
+    if not token:
+        raise ConfigError(f"{variable}_FILE: {path} is empty", hint=f"openssl rand -hex 32 > {path}")
+    return token
 
 
 class ServeSettings(Settings):
@@ -32,7 +57,8 @@ class ServeSettings(Settings):
     hide: tuple[str, ...] = ()
     """Rules over the metadata that do the same: `caption~REGEX`, `clip_score<0.1`."""
     host: str = "127.0.0.1"
-    """Address to listen on. Anything but loopback needs a bearer token in the environment variable CLIPGAP_TOKEN."""
+    """Address to listen on. Anything but loopback needs a bearer token in the environment variable CLIPGAP_TOKEN,
+    or in the file that CLIPGAP_TOKEN_FILE names."""
     port: Annotated[int, pydantic.Field(ge=1, le=65535)] = 8000
     """Port to listen on."""
     max_k: pydantic.PositiveInt = 1000

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import prometheus_client
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from clipgap_ray.serving.admin import PREFIX as ADMIN_PREFIX
 from clipgap_ray.serving.messages import ApiError
 
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
@@ -43,21 +45,43 @@ def token_sha256(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Keys:
+    """`token_sha256` of the bearer tokens.
+
+    Attributes:
+        read: Opens what anybody may ask; None lets everybody in.
+        admin: Opens everything; None: the admin's routes do not exist.
+    """
+
+    read: str | None = None
+    admin: str | None = None
+
+    def admit(self, path: str, authorization: bytes) -> bool:
+        """Tell whether a header opens a path."""
+        kind, _, token = authorization.partition(b" ")
+        presented = hashlib.sha256(token.strip()).hexdigest() if kind.lower() == b"bearer" else ""
+        is_admin = self.admin is not None and hmac.compare_digest(presented, self.admin)
+        if self.admin is not None and path.startswith(ADMIN_PREFIX):
+            return is_admin
+        if self.read is None or path in OPEN_PATHS or path.startswith(OPEN_PREFIX):
+            return True
+        return hmac.compare_digest(presented, self.read) or is_admin
+
+
 class Guard:
     """ASGI middleware.
 
     Args:
         app: What it guards.
         body_bytes: Largest body.
-        token_hash: `token_sha256` of the bearer token; None lets everybody in.
+        keys: Who may come in.
         meters: Where requests are counted.
         routes: Known paths, the labels of the metrics.
     """
 
-    def __init__(
-        self, app: ASGIApp, body_bytes: int, token_hash: str | None, meters: Meters, routes: frozenset[str]
-    ) -> None:
-        self.app, self.body_bytes, self.token_hash = app, body_bytes, token_hash
+    def __init__(self, app: ASGIApp, body_bytes: int, keys: Keys, meters: Meters, routes: frozenset[str]) -> None:
+        self.app, self.body_bytes, self.keys = app, body_bytes, keys
         self.meters, self.routes = meters, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,12 +117,7 @@ class Guard:
         return next((prefix for prefix in ("/v1/thumbnails/", OPEN_PREFIX) if path.startswith(prefix)), UNKNOWN)
 
     def _authorise(self, scope: Scope) -> None:
-        if self.token_hash is None or scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_PREFIX):
-            return
-        header = dict(scope["headers"]).get(b"authorization", b"")
-        kind, _, token = header.partition(b" ")
-        presented = hashlib.sha256(token.strip()).hexdigest()
-        if kind.lower() != b"bearer" or not hmac.compare_digest(presented, self.token_hash):
+        if not self.keys.admit(scope["path"], dict(scope["headers"]).get(b"authorization", b"")):
             raise ApiError(401, "unauthorised", "a valid bearer token is required", "Authorization: Bearer TOKEN")
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:

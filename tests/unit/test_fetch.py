@@ -15,9 +15,9 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from clipgap_ray.serving.api import make_api
-from clipgap_ray.serving.backend import LocalBackend
 from clipgap_ray.serving.fetch import Fetcher, PublicOnly, check_url, is_public
 from clipgap_ray.serving.inputs import Query
+from clipgap_ray.serving.local import LocalBackend
 from clipgap_ray.serving.messages import ApiError, Limits
 from tests.index_fixture import unit_rows, write_embeddings
 from tests.service_fixture import serve_locally

@@ -19,8 +19,8 @@ from clipgap_ray.errors import IndexMismatchError
 from clipgap_ray.index import Answer, IndexShard, LocalIndex, shard_uri
 from clipgap_ray.kernels import faiss_index
 from clipgap_ray.serving.api import make_api
-from clipgap_ray.serving.backend import LocalBackend
 from clipgap_ray.serving.guard import token_sha256
+from clipgap_ray.serving.local import LocalBackend
 from clipgap_ray.serving.messages import Limits
 from clipgap_ray.serving.metadata import Metadata
 from tests.index_fixture import DIM, FINGERPRINT, uid, unit_rows, write_embeddings
