@@ -50,6 +50,7 @@ logger = logging.getLogger("clipgap")
 
 QUEUE = 256  # requests waiting per replica; more get 503
 ENCODER_BATCH = 16
+ATTEMPTS = 10  # to reach all shards of a new version, each of up to `remote.PROBE_S`
 SURGE = 100  # per cent: when deployed again, a new replica answers before the old one stops
 
 
@@ -208,7 +209,11 @@ class Gateway:
             if self._applications.get(name) != application:
                 uri, handles = await swap.shards_of(application)
                 searcher = await asyncio.to_thread(self._searcher, name, uri, handles)
-                if await searcher.shards_ok() < searcher.info.shards:
+                for _ in range(ATTEMPTS):  # the first call over a new handle may take seconds
+                    if await searcher.shards_ok() == searcher.info.shards:
+                        break
+                    await asyncio.sleep(0.2)
+                else:
                     raise ShardLostError(f"not every shard of {application} answers", hint="try again")
                 self.backend.replace(name, searcher)
                 self._applications[name] = application

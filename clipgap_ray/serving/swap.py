@@ -33,6 +33,7 @@ logger = logging.getLogger("clipgap")
 
 ADOPT_S = 120.0  # for all gateways to change over and to end what is under way
 SETTLE_S = 12.0  # longer than the period of health checks: a gateway that started meanwhile has caught up
+RECOVERY_S = 10.0  # a controller that died and came back takes all applications for deployed at that moment
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 Refusal = tuple[int, str, str, str | None]
@@ -49,13 +50,17 @@ async def shards_of(application: str) -> tuple[str, list[DeploymentHandle]]:
 
 
 def newest_versions() -> dict[str, str]:
-    """Return, by index, the newest application with a version that runs and is newer than the service's own."""
+    """Return, by index, the newest application with a version that runs, if it is newer than the service itself.
+
+    A service deployed again from a file (`serve deploy`) begins with the versions that the file names.
+    """
     own = serve.get_replica_context().app_name
     applications = serve.status().applications
+    deployed_s = applications[own].last_deployed_time_s if own in applications else float("inf")  # it is being deleted
     newest: dict[str, tuple[float, str]] = {}
     for application, name in versions(own, applications).items():
         state = applications[application]
-        if state.status == "RUNNING" and state.last_deployed_time_s > applications[own].last_deployed_time_s:
+        if state.status == "RUNNING" and state.last_deployed_time_s > deployed_s - RECOVERY_S:
             newest[name] = max(newest.get(name, (0.0, "")), (state.last_deployed_time_s, application))
     return {name: application for name, (_, application) in newest.items()}
 
@@ -132,7 +137,8 @@ class OperatorDeployment:
             logger.warning("swap of %s: %s", index, error)
             self._state = SwapState(state="failed", index=index, message="the version before does not answer")
             return 503, "no_shard", "the version that is served now does not answer", "try again in seconds"
-        if manifest["index_version"] == before["version"]:
+        unfinished = await asyncio.to_thread(self._others, index, self._application(index, manifest))
+        if manifest["index_version"] == before["version"] and not unfinished:
             self._state = SwapState()
             return 409, "same_version", f"version {before['version']} is being served", "build the index first"
         self._state = SwapState(
@@ -151,16 +157,15 @@ class OperatorDeployment:
         return before, uri or before["uri"]
 
     async def _carry_out(self, index: str, uri: str, manifest: Mapping[str, Any]) -> None:
-        own = serve.get_replica_context().app_name
-        application = f"{own}.{index}.{manifest['index_version']}"
+        application = self._application(index, manifest)
         try:
             await asyncio.to_thread(self._load, application, uri, manifest)
             self._set("flipping")
-            await self._adopt(own, index, application)
+            await self._adopt(index, application)
             self._set("draining")
             await asyncio.sleep(SETTLE_S)
-            await self._adopt(own, index, application)
-            for old in await asyncio.to_thread(self._others, own, index, application):
+            await self._adopt(index, application)
+            for old in await asyncio.to_thread(self._others, index, application):
                 await asyncio.to_thread(serve.delete, old)
             self._set("done")
         except (RayError, RayServeException, ClipgapError, RuntimeError, TimeoutError) as error:
@@ -169,20 +174,27 @@ class OperatorDeployment:
                 await asyncio.to_thread(serve.delete, application, False)
             self._set("failed", f"while {self._state.state}: {type(error).__name__}; the service's log says more")
 
+    def _application(self, index: str, manifest: Mapping[str, Any]) -> str:
+        return f"{serve.get_replica_context().app_name}.{index}.{manifest['index_version']}"
+
     def _load(self, application: str, uri: str, manifest: Mapping[str, Any]) -> None:
         from clipgap_ray.serving.deployments import bind_shards  # which binds this class
 
+        there = serve.status().applications.get(application)
+        if there is not None and there.status == "RUNNING":  # of a swap that did not end
+            return
         first, *_ = bind_shards(uri, manifest, self.splits, self.replicas, "shard-")
         serve.run(first, name=application, route_prefix=None, logging_config=QUIET)
 
-    async def _adopt(self, own: str, index: str, application: str) -> None:
+    async def _adopt(self, index: str, application: str) -> None:
+        own = serve.get_replica_context().app_name
         gateways = await asyncio.to_thread(serve.get_deployment_handle, "Gateway", own)
         answers = await gateways.broadcast("adopt", index, application).results_async(timeout_s=ADOPT_S)
         if not all(answers):
             raise TimeoutError(f"{answers.count(False)} gateways still use the version before")
 
-    def _others(self, own: str, index: str, application: str) -> list[str]:
-        known = versions(own, serve.status().applications)
+    def _others(self, index: str, application: str) -> list[str]:
+        known = versions(serve.get_replica_context().app_name, serve.status().applications)
         return [other for other, name in known.items() if name == index and other != application]
 
     def _set(self, state: str, message: str | None = None) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import zlib
@@ -168,13 +169,32 @@ def _references(value: Any) -> Iterator[str]:
             yield from _references(child)
 
 
-def _huge_png() -> bytes:
-    """A PNG whose header promises 100 megapixels; its data is a few bytes."""
-    header = (10_000).to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00"
+def _chunks(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG file of these chunks."""
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
-        for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b""))
+        for name, data in (*chunks, (b"IEND", b""))
     )
+
+
+def _header(side: int) -> tuple[bytes, bytes]:
+    return b"IHDR", side.to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00"
+
+
+def _huge_png() -> bytes:
+    """A PNG whose header promises 100 megapixels; its data is a few bytes."""
+    return _chunks(_header(10_000), (b"IDAT", zlib.compress(b"\0" * 1000)))
+
+
+def _text_bomb() -> bytes:
+    """A small picture with a comment of 60 MB, compressed to 60 kB."""
+    comment = b"comment\0\0" + zlib.compress(b"\0" * 60_000_000, 9)
+    return _chunks(_header(8), (b"zTXt", comment), (b"IDAT", zlib.compress(b"\0" * 25 * 8)))
+
+
+def _pixel_bomb() -> bytes:
+    """A picture of 8 x 8 pixels whose data unpacks to 60 MB."""
+    return _chunks(_header(8), (b"IDAT", zlib.compress(b"\0" * 60_000_000, 9)))
 
 
 IMAGE = _b64(_png())
@@ -209,6 +229,7 @@ HOSTILE_SEARCH = [
     ({"image": _b64(b"GIF89a")}, 400, "broken_image"),
     ({"image": _b64(_png()[:40])}, 400, "broken_image"),
     ({"image": _b64(_huge_png())}, 413, "image_too_large"),
+    ({"image": _b64(_text_bomb())}, 400, "broken_image"),
     ({"image": _b64(_png(2000, 1))}, 400, "image_too_long"),
     ({"image": _b64(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")}, 400, "broken_image"),
     ({"image_url": "http://169.254.169.254/latest/meta-data"}, 400, "image_url_off"),
@@ -221,6 +242,14 @@ def test_bad_queries_get_their_documented_status(
     client: TestClient, body: dict[str, Any], status: int, code: str
 ) -> None:
     _refused(client.post("/v1/search", json=body), status, code)
+
+
+def test_what_unpacks_to_more_than_it_says_is_not_unpacked(client: TestClient) -> None:
+    bomb = client.post("/v1/search", json={"image": _b64(_pixel_bomb())})  # Pillow reads 8 x 8 pixels of it
+    assert bomb.status_code in (200, 400)
+    packed = gzip.compress(b'{"text": "' + b"x" * 60_000_000 + b'"}')
+    for headers in ({"content-encoding": "gzip"}, {}):
+        _refused(client.post("/v1/search", content=packed, headers=headers), 400, "invalid_request")
 
 
 def _refused(response: Any, status: int, code: str) -> None:

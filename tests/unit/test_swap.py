@@ -195,12 +195,13 @@ def test_the_routes_pass_on_what_the_admin_asks_for_and_nobody_else(tmp_path: Pa
 class _Handle:
     """A handle of Serve: `describe` of a shard, or `adopt` of all gateways."""
 
-    def __init__(self, world: _Serve) -> None:
-        self.world = world
+    def __init__(self, world: _Serve, application: str) -> None:
+        self.world, self.application = world, application
         self.describe = SimpleNamespace(remote=self._describe)
 
     async def _describe(self) -> dict[str, Any]:
-        return {"uri": self.world.uri, "version": "old"}
+        version = self.application.rpartition(".")[2] if "." in self.application else "old"
+        return {"uri": str(Path(self.world.uri).with_name(version)), "version": version}
 
     def broadcast(self, method: str, index: str, application: str) -> Any:
         async def results(timeout_s: float) -> list[bool]:
@@ -228,7 +229,7 @@ class _Serve:
         return SimpleNamespace(app_name="clipgap")
 
     def get_deployment_handle(self, name: str, application: str) -> _Handle:
-        return _Handle(self)
+        return _Handle(self, application)
 
     def run(self, target: Any, name: str, route_prefix: str | None, logging_config: Any) -> None:
         assert route_prefix is None
@@ -305,7 +306,12 @@ def test_gateways_that_still_use_the_old_version_keep_it(serve: _Serve, tmp_path
         serve.adopted = [True, False]
         serve.log.clear()
         assert (await _swapped(operator, str(tmp_path / "newer"))).state == "failed"
-        assert "delete" not in [what for what, _ in serve.log]
+        assert serve.log == [("run", "clipgap.pool.newer"), ("adopt", "clipgap.pool.newer")]
+        serve.adopted = [True, True]
+        serve.log.clear()
+        assert (await _swapped(operator, str(tmp_path / "newer"))).state == "done"  # goes on where it stopped
+        assert serve.log == [*[("adopt", "clipgap.pool.newer")] * 2, ("delete", "clipgap.pool.new")]
+        assert (await operator.begin("pool", str(tmp_path / "newer")))[:2] == (409, "same_version")
 
     asyncio.run(stuck())
 
@@ -335,11 +341,15 @@ def test_the_newest_version_that_runs_counts(serve: _Serve) -> None:
         return SimpleNamespace(status=status, last_deployed_time_s=time_s)
 
     serve.applications |= {
-        "clipgap.pool.a": deployed("RUNNING", 2.0),
-        "clipgap.pool.b": deployed("RUNNING", 3.0),
-        "clipgap.pool.c": deployed("DEPLOYING", 4.0),
-        "clipgap.more-rows.a": deployed("RUNNING", 0.5),  # older than the service: its own version counts
+        "clipgap": deployed("UPDATING", 100.0),
+        "clipgap.pool.a": deployed("RUNNING", 102.0),
+        "clipgap.pool.b": deployed("RUNNING", 103.0),
+        "clipgap.pool.c": deployed("DEPLOYING", 104.0),
+        "clipgap.texts.a": deployed("RUNNING", 99.9),  # the controller came back and found both
+        "clipgap.more-rows.a": deployed("RUNNING", 50.0),  # older than the service: its own version counts
         "clipgap.x": deployed("RUNNING", 9.0),
         "elsewhere.pool.z": deployed("RUNNING", 9.0),
     }
-    assert swap.newest_versions() == {"pool": "clipgap.pool.b"}
+    assert swap.newest_versions() == {"pool": "clipgap.pool.b", "texts": "clipgap.texts.a"}
+    del serve.applications["clipgap"]  # the service is being deleted
+    assert swap.newest_versions() == {}
