@@ -16,7 +16,7 @@ from clipgap_ray.config.index import IndexSettings
 from clipgap_ray.config.serve import ADMIN_VARIABLE, ServeSettings
 from clipgap_ray.kernels.topk import exact_topk
 from tests.index_fixture import all_rows, uid, unit_rows, write_embeddings
-from tests.ray.test_serve import _free_port, _until
+from tests.waiting import free_port, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -51,7 +51,7 @@ def settings(indexes: dict[str, str]) -> Iterator[ServeSettings]:
 
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv(ADMIN_VARIABLE, "boss")
-        settings = ServeSettings(index=(f"pool={indexes['one']}",), port=_free_port(), shard_timeout_s=20.0)
+        settings = ServeSettings(index=(f"pool={indexes['one']}",), port=free_port(), shard_timeout_s=20.0)
         deploy(build_app(settings), settings)
         yield settings
         serve.shutdown()
@@ -119,7 +119,7 @@ def _swap(address: str, **body: Any) -> dict[str, Any]:
         state = httpx.get(f"{address}/v1/admin/swap", headers=boss, timeout=60).json()
         return state if state["state"] in ("done", "failed") else None
 
-    state: dict[str, Any] = _until(over, "the swap is over", seconds=240)
+    state: dict[str, Any] = until(over, "the swap is over", seconds=240)
     assert state["state"] == "done", state
     return state
 
@@ -133,10 +133,10 @@ def test_versions_are_swapped_twice_under_load_without_a_failed_request(
     address = f"http://127.0.0.1:{settings.port}"
     exact = _exact(indexes)
     with Load(address, exact) as load:
-        _until(load.more(), "answers before")
+        until(load.more(), "answers before")
         for name in ("two", "three"):
             state = _swap(address, uri=indexes[name])
-            _until(load.more(state["version_after"]), "answers of the new version", seconds=120)
+            until(load.more(state["version_after"]), "answers of the new version", seconds=120)
     assert load.wrong == []
     assert set(load.versions) == set(exact)
     # Nothing of version two is left; the answers, the metadata and the filters are those of version three.
@@ -174,7 +174,7 @@ def test_a_gateway_that_starts_again_finds_the_version_that_counts(
             return None
         return answer.json() if answer.status_code == 200 else None
 
-    found = _until(answers, "an answer of the new gateway", seconds=120)
+    found = until(answers, "an answer of the new gateway", seconds=120)
     assert found["version"] == version
 
 
@@ -187,7 +187,7 @@ def test_the_service_is_deployed_again_under_load_without_a_failed_request(
 
     address = f"http://127.0.0.1:{settings.port}"
     with Load(address, _exact(indexes)) as load:
-        _until(load.more(), "answers before")
+        until(load.more(), "answers before")
         changed = settings.model_copy(update={"max_k": 77})
         deploy(build_app(changed), changed)
 
@@ -195,8 +195,8 @@ def test_the_service_is_deployed_again_under_load_without_a_failed_request(
             body = {"vector": np.ones(QUERY.shape[1]).tolist(), "k": 78}
             return httpx.post(f"{address}/v1/search", json=body, timeout=60).status_code == 400
 
-        _until(refuses, "the new limit", seconds=120)
+        until(refuses, "the new limit", seconds=120)
         time_over = time.monotonic() + 5
-        _until(lambda: time.monotonic() > time_over, "old replicas are gone")
-        _until(load.more(), "answers after")
+        until(lambda: time.monotonic() > time_over, "old replicas are gone")
+        until(load.more(), "answers after")
     assert load.wrong == []
