@@ -73,6 +73,9 @@ class ServeSettings(Settings):
     """Allow images by address in queries: http and https, public addresses only, no larger than a request may be."""
     image_url_timeout_s: Annotated[pydantic.PositiveFloat, Operational()] = 5.0
     """Seconds to wait for all images that a request gives by address."""
+    access_log: Annotated[bool, Operational()] = False
+    """Write a line of JSON per request to the gateway's log: id, method, route, status, milliseconds; never what was
+    asked."""
     shard_timeout_s: Annotated[pydantic.PositiveFloat, Operational()] = 5.0
     """An index shard that takes longer is left out; the answer says `degraded`."""
     replicas: Annotated[pydantic.PositiveInt, Operational()] = 1

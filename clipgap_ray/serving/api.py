@@ -254,12 +254,13 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(ApiError(400, "invalid_request", f"{where}: {first['msg']}", "see /docs").as_dict(), 400)
 
     @app.exception_handler(ClipgapError)
-    async def damaged(_: Request, error: ClipgapError) -> JSONResponse:
+    async def damaged(request: Request, error: ClipgapError) -> JSONResponse:
         # Its message may name paths of the server: that is for the log.
-        logger.error("request failed: %s", error)
+        logger.error("request %s failed: %s", request.scope.get("request_id"), error)
         body = ApiError(503, "unavailable", "the index or its metadata cannot be read now").as_dict()
         return JSONResponse(body, 503, {"retry-after": "5"})
 
     @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        logger.error("request %s failed", request.scope.get("request_id"), exc_info=error)
         return JSONResponse(ApiError(500, "internal", "an error of the server, see its log").as_dict(), 500)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ from clipgap_ray.serving.api import make_api
 from clipgap_ray.serving.backend import IndexBackend, index_info
 from clipgap_ray.serving.coverage import Coverage, recipe_uri
 from clipgap_ray.serving.filters import Filter, FilteredShard
-from clipgap_ray.serving.guard import token_sha256
+from clipgap_ray.serving.guard import token_sha256, write_access_log
 from clipgap_ray.serving.messages import Limits
 from clipgap_ray.serving.metadata import Metadata
 from clipgap_ray.serving.remote import Neighbours, RemoteEncoder, RemoteSearcher, ShardQuery
@@ -150,6 +151,7 @@ class GatewayConfig:
         splits: Splits of its pool.
         blocklist: Takedown list, or "".
         hide: Rules over the metadata whose rows are never shown.
+        access_log: Write a line per request.
     """
 
     indexes: dict[str, str]
@@ -162,6 +164,7 @@ class GatewayConfig:
     splits: tuple[str, ...] = ()
     blocklist: str = ""
     hide: tuple[str, ...] = ()
+    access_log: bool = False
 
 
 @serve.deployment(
@@ -233,6 +236,8 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's hook: called after the constructor
         """Build the routes over this replica's backend."""
+        if self.config.access_log:
+            write_access_log(sys.stderr)
         admin = None
         if self.operator is not None and self.config.admin_hash is not None:
             admin = Admin(self.config.admin_hash, swap.RemoteOperator(self.operator))
@@ -285,6 +290,7 @@ def build_app(args: ServeSettings | Mapping[str, Any]) -> serve.Application:
         settings.splits,
         settings.blocklist,
         settings.hide,
+        settings.access_log,
     )
     operator = None
     if admin:

@@ -1,12 +1,19 @@
-"""The gate before every route: bearer token, body size, metrics. Plain ASGI, so that nothing is parsed before it."""
+"""The gate before every route: bearer token, body size, metrics, a line in the log.
+
+Plain ASGI, so that nothing is parsed before it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import json
+import logging
+import re
 import time
+import uuid
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import prometheus_client
 from starlette.responses import JSONResponse
@@ -17,7 +24,10 @@ from clipgap_ray.serving.messages import ApiError
 
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
 OPEN_PREFIX = "/page/"  # the static files of the search page: what it shows needs the token
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}\Z")  # of a caller or a proxy; anything else is replaced
 UNKNOWN = "other"  # one label for all paths that are no route: strangers must not create time series
+
+access = logging.getLogger("clipgap.access")
 
 
 class Meters:
@@ -38,6 +48,14 @@ class Meters:
     def text(self) -> bytes:
         """Return the exposition format."""
         return prometheus_client.generate_latest(self.registry)
+
+
+def write_access_log(stream: IO[str]) -> None:
+    """Write a line of JSON per request of this process to a stream."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    access.handlers, access.propagate = [handler], False
+    access.setLevel(logging.INFO)
 
 
 def token_sha256(token: str) -> str:
@@ -91,11 +109,13 @@ class Guard:
             return
         started = time.monotonic()
         status = 500
+        request_id = scope["request_id"] = _request_id(scope)
 
         async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
             await send(message)
 
         try:
@@ -107,9 +127,12 @@ class Guard:
         else:
             await self.app(scope, _replay(body, receive), watched)
         finally:
-            route = self._label(scope["path"])
+            route, seconds = self._label(scope["path"]), time.monotonic() - started
             self.meters.requests.labels(route, str(status)).inc()
-            self.meters.seconds.labels(route).observe(time.monotonic() - started)
+            self.meters.seconds.labels(route).observe(seconds)
+            # What was asked, and by whom, is nobody's business.
+            line = {"request_id": request_id, "method": scope["method"], "route": route, "status": status}
+            access.info(json.dumps({**line, "ms": round(1e3 * seconds, 1)}))
 
     def _label(self, path: str) -> str:
         if path in self.routes:
@@ -138,6 +161,11 @@ class Guard:
                 raise too_large
             if not message.get("more_body", False):
                 return b"".join(chunks)
+
+
+def _request_id(scope: Scope) -> str:
+    given = dict(scope["headers"]).get(b"x-request-id", b"")
+    return given.decode() if REQUEST_ID.match(given) else uuid.uuid4().hex
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -4,6 +4,7 @@ import base64
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from clipgap_ray.encoder import EncoderSettings
 from clipgap_ray.errors import IndexMismatchError
 from clipgap_ray.index import Answer, IndexShard, LocalIndex, shard_uri
 from clipgap_ray.kernels import faiss_index
+from clipgap_ray.serving import guard
 from clipgap_ray.serving.api import make_api
 from clipgap_ray.serving.guard import token_sha256
 from clipgap_ray.serving.local import LocalBackend
@@ -356,6 +358,26 @@ def test_metrics_count_routes_and_degraded_answers(backend: LocalBackend, monkey
     assert 'clipgap_requests_total{route="/v1/search",status="200"} 2.0' in text
     assert 'clipgap_requests_total{route="other",status="404"} 1.0' in text
     assert "clipgap_degraded_answers_total 1.0" in text
+
+
+def test_requests_have_an_id_and_the_log_says_nothing_of_what_was_asked(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("handlers", "propagate", "level"):
+        monkeypatch.setattr(guard.access, name, getattr(guard.access, name))
+    guard.write_access_log(log := io.StringIO())
+    own = client.post("/v1/search", json={"text": "a secret wish"}, headers={"x-request-id": "mine-1.2_3"})
+    assert own.headers["x-request-id"] == "mine-1.2_3"
+    for given in ("", "a b", "x" * 65, 'quote"', "line\\n"):
+        made = client.get("/v1/thumbnails/5?index=secret", headers={"x-request-id": given}).headers["x-request-id"]
+        assert re.fullmatch("[0-9a-f]{32}", made)
+    client.get("/secret/path")
+    lines = [json.loads(line) for line in log.getvalue().splitlines()]
+    assert lines[0].pop("ms") >= 0
+    assert lines[0] == {"request_id": "mine-1.2_3", "method": "POST", "route": "/v1/search", "status": 200}
+    assert (lines[1]["route"], lines[1]["status"]) == ("/v1/thumbnails/", 404)
+    assert (lines[-1]["route"], lines[-1]["status"]) == ("other", 404)
+    assert "secret" not in log.getvalue()
 
 
 def test_no_shard_at_all_is_unavailable(backend: LocalBackend, monkeypatch: pytest.MonkeyPatch) -> None:
