@@ -85,9 +85,12 @@ def test_draining_waits_for_a_slow_request_and_says_when_it_gave_up(tmp_path: Pa
         backend.replace("pool", newer.searchers["pool"])
         assert not await backend.drained("pool", 0.0)
         assert not await backend.drained("pool", 0.05)
+        waiting = asyncio.create_task(backend.drained("pool", 30.0))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
         held.set()
+        assert await waiting
         assert (await request).info.version == "old"
-        assert await backend.drained("pool", 5.0)
         assert await backend.drained("pool", 0.0)  # nothing left to wait for
 
     asyncio.run(change())
