@@ -1,6 +1,7 @@
 """An index over embeddings: shards of FAISS that know no Ray, their ids, and their manifests.
 
     INDEX/manifest.json                 encoder, key, recall, source, counts (stage "index")
+    INDEX/uids/                         uid -> row id (`uidmap`)
     INDEX/excluded.npy                  row ids that are not to be found (blocklist), sorted; optional
     INDEX/shard_00000/index.faiss       the FAISS index; ids are positions
     INDEX/shard_00000/row_ids.npy       (n,) int64 row id of every position

@@ -12,13 +12,13 @@ from clipgap_ray.encoder import EncoderSettings
 from clipgap_ray.hidden import Hidden
 from clipgap_ray.index import IndexShard, LocalIndex, shard_uri
 from clipgap_ray.kernels import faiss_index
-from clipgap_ray.serving.backend import LocalBackend
 from clipgap_ray.serving.coverage import Coverage
+from clipgap_ray.serving.local import LocalBackend
 from clipgap_ray.serving.metadata import Metadata
 
 
 def serve_locally(
-    pool: str, folder: Path, hidden: Hidden | None = None, coverage: Coverage | None = None
+    pool: str, folder: Path, hidden: Hidden | None = None, coverage: Coverage | None = None, version: str = "v1"
 ) -> LocalBackend:
     """A flat index of one shard over a pool embedded by projection, and what answers for it."""
     embeddings, uri = EmbeddingSet.open(pool), str(folder)
@@ -30,7 +30,7 @@ def serve_locally(
         shard.save(shard_uri(uri, 0))
         directory.finish(
             {"num_shards": 1, "dim": embeddings.dim, "nprobe": 0, "key": "Flat", "recall_at_10": 1.0,
-             "modality": "image", "encoder": embeddings.encoder, "index_version": "v1",
+             "modality": "image", "encoder": embeddings.encoder, "index_version": version,
              "shards": [{"number": 0, "rows": embeddings.num_rows}], "embeddings": {"uri": pool}}
         )  # fmt: skip
     encoder = EncoderSettings("projection", batch_size=embeddings.encoder.get("batch_size", 64)).build()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import pathlib
 from typing import Annotated
 
 import pydantic
@@ -12,6 +14,29 @@ from clipgap_ray.config.base import Operational, Settings
 from clipgap_ray.errors import ConfigError
 
 TOKEN_VARIABLE = "CLIPGAP_TOKEN"
+ADMIN_VARIABLE = "CLIPGAP_ADMIN_TOKEN"
+
+
+def read_token(variable: str) -> str:
+    """Return a bearer token from an environment variable, or from the file that <variable>_FILE names; "" for none.
+
+    Never from a flag: other users of the machine see the flags of a process.
+
+    Raises:
+        ConfigError: If the file cannot be read or is empty.
+    """
+    path = os.environ.get(f"{variable}_FILE", "")
+    if not path:
+        return os.environ.get(variable, "").strip()
+    try:
+        token = pathlib.Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{variable}_FILE: {path} cannot be read: {error}", hint="a text file with one token"
+        ) from None
+    if not token:
+        raise ConfigError(f"{variable}_FILE: {path} is empty", hint=f"openssl rand -hex 32 > {path}")
+    return token
 
 
 class ServeSettings(Settings):
@@ -32,7 +57,8 @@ class ServeSettings(Settings):
     hide: tuple[str, ...] = ()
     """Rules over the metadata that do the same: `caption~REGEX`, `clip_score<0.1`."""
     host: str = "127.0.0.1"
-    """Address to listen on. Anything but loopback needs a bearer token in the environment variable CLIPGAP_TOKEN."""
+    """Address to listen on. Anything but loopback needs a bearer token in the environment variable CLIPGAP_TOKEN,
+    or in the file that CLIPGAP_TOKEN_FILE names."""
     port: Annotated[int, pydantic.Field(ge=1, le=65535)] = 8000
     """Port to listen on."""
     max_k: pydantic.PositiveInt = 1000
@@ -43,6 +69,13 @@ class ServeSettings(Settings):
     """Largest request in megabytes."""
     max_image_megapixels: pydantic.PositiveFloat = 32.0
     """Largest image, in megapixels after decompression."""
+    image_url: bool = False
+    """Allow images by address in queries: http and https, public addresses only, no larger than a request may be."""
+    image_url_timeout_s: Annotated[pydantic.PositiveFloat, Operational()] = 5.0
+    """Seconds to wait for all images that a request gives by address."""
+    access_log: Annotated[bool, Operational()] = False
+    """Write a line of JSON per request to the gateway's log: id, method, route, status, milliseconds; never what was
+    asked."""
     shard_timeout_s: Annotated[pydantic.PositiveFloat, Operational()] = 5.0
     """An index shard that takes longer is left out; the answer says `degraded`."""
     replicas: Annotated[pydantic.PositiveInt, Operational()] = 1

@@ -61,15 +61,22 @@ def contains(subset: np.ndarray, uids: np.ndarray) -> np.ndarray:
     return find(subset, uids) >= 0
 
 
-def contains_one(subset: np.ndarray, high: int, low: int) -> bool:
-    """Tell whether one uid, given as its two words, is in a (u,) sorted, unique subset: for streams of samples.
+def find_one(subset: np.ndarray, high: int, low: int) -> int:
+    """Return the position of one uid, given as its two words, in a (u,) sorted, unique subset; -1 = not in it.
 
-    By bisection, since `np.searchsorted` copies the column of first words, a strided view, at every call.
+    By bisection, since `np.searchsorted` copies the column of first words, a strided view, at every call: of a
+    memory-mapped subset only some pages are read. Further fields of the records do not matter.
     """
     words = subset["f0"]
     first = bisect.bisect_left(words, high)
     end = bisect.bisect_right(words, high, lo=first)
-    return bool((subset["f1"][first:end] == low).any())
+    at = bisect.bisect_left(subset["f1"], low, first, end)
+    return at if at < end and int(subset["f1"][at]) == low else -1
+
+
+def contains_one(subset: np.ndarray, high: int, low: int) -> bool:
+    """Tell whether one uid, given as its two words, is in a (u,) sorted, unique subset: for streams of samples."""
+    return find_one(subset, high, low) >= 0
 
 
 def lower_bound(subset: np.ndarray, uids: np.ndarray) -> np.ndarray:

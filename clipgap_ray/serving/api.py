@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import pathlib
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import numpy as np
 import pydantic
@@ -21,11 +21,14 @@ from starlette.exceptions import HTTPException
 
 from clipgap_ray import __version__
 from clipgap_ray.errors import ClipgapError
+from clipgap_ray.serving import admin as admin_routes
 from clipgap_ray.serving import clip_retrieval
-from clipgap_ray.serving.backend import Backend
+from clipgap_ray.serving.admin import Admin
+from clipgap_ray.serving.contracts import Backend
+from clipgap_ray.serving.fetch import Fetcher
 from clipgap_ray.serving.filters import read_filter
-from clipgap_ray.serving.guard import Guard, Meters
-from clipgap_ray.serving.inputs import read_search, read_zero_shot
+from clipgap_ray.serving.guard import Guard, Keys, Meters
+from clipgap_ray.serving.inputs import Body, parse_json, read_search, read_zero_shot, refusal
 from clipgap_ray.serving.messages import (
     ApiError,
     ClassScore,
@@ -42,6 +45,7 @@ from clipgap_ray.serving.messages import (
     ZeroShotRequest,
     ZeroShotResponse,
 )
+from clipgap_ray.serving.openapi import describe_bodies, described
 
 logger = logging.getLogger("clipgap")
 
@@ -49,43 +53,55 @@ LOGIT_SCALE = 100.0  # CLIP's learned temperature, clipped to 100 in training
 PAGE = pathlib.Path(__file__).with_name("page")
 PAGE_POLICY = "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'; base-uri 'none'"
 
-Body = TypeVar("Body", bound=pydantic.BaseModel)
 
-
-def make_api(backend: Backend, limits: Limits | None = None, token_hash: str | None = None) -> FastAPI:
+def make_api(
+    backend: Backend,
+    limits: Limits | None = None,
+    token_hash: str | None = None,
+    fetcher: Fetcher | None = None,
+    admin: Admin | None = None,
+) -> FastAPI:
     """Build the application.
 
     Args:
         backend: What answers.
         limits: What one request may ask for.
         token_hash: `guard.token_sha256` of the bearer token; None lets everybody in.
+        fetcher: Of images given by address; default: from public addresses within the limits.
+        admin: Who swaps versions for the holder of the admin key; None: nobody, there are no such routes.
     """
     limits = limits or Limits()
+    fetcher = fetcher or Fetcher(limits)
     meters = Meters()
     refused: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 503)
     }
     app = FastAPI(title="clipgap", version=__version__, redoc_url=None, responses=refused)
     _add_errors(app)
-    _add_v1(app, backend, limits, meters)
-    clip_retrieval.add_routes(app, backend, limits)
+    _add_v1(app, backend, limits, meters, fetcher)
+    clip_retrieval.add_routes(app, backend, limits, fetcher)
     _add_health(app, backend, meters)
-    _describe_bodies(app, [SearchRequest, SimilarityRequest, ZeroShotRequest])
+    if admin is not None:
+        admin_routes.add_routes(app, admin.operator)
+    describe_bodies(
+        app, [SearchRequest, SimilarityRequest, ZeroShotRequest, *clip_retrieval.BODIES, *admin_routes.BODIES]
+    )
     routes = frozenset(getattr(route, "path", "") for route in app.routes) | {
         "/v1/search", "/v1/similarity", "/v1/splits", "/v1/tests", "/v1/zero-shot", "/v1/indices",
-        "/healthz", "/readyz", "/metrics", "/", "/indices-list", "/knn-service", "/metadata",
+        "/v1/admin/swap", "/healthz", "/readyz", "/metrics", "/", "/indices-list", "/knn-service", "/metadata",
     }  # fmt: skip
-    app.add_middleware(Guard, body_bytes=limits.body_bytes, token_hash=token_hash, meters=meters, routes=routes)
+    keys = Keys(token_hash, admin.key_hash if admin is not None else None)
+    app.add_middleware(Guard, body_bytes=limits.body_bytes, keys=keys, meters=meters, routes=routes)
     return app
 
 
-def _add_v1(app: FastAPI, backend: Backend, limits: Limits, meters: Meters) -> None:
-    @app.post("/v1/search", openapi_extra=_body_schema("SearchRequest"))
+def _add_v1(app: FastAPI, backend: Backend, limits: Limits, meters: Meters, fetcher: Fetcher) -> None:
+    @app.post("/v1/search", openapi_extra=described("SearchRequest", uploads=True))
     async def search(body: Annotated[tuple[Any, list[bytes]], Depends(_parse_search)]) -> SearchResponse:
         """Nearest rows of a text, an image, a vector or a sample of the index; or of a batch of them."""
         request, uploads = body
         within = read_filter(request.filter, [split.name for split in await backend.splits()] if request.filter else [])
-        queries = read_search(request, limits, uploads)
+        queries = await fetcher.fill(read_search(request, limits, uploads))
         found = await backend.search(request.index, queries, request.k, request.collapse, within)
         if found.answer.degraded:
             meters.degraded.inc()
@@ -98,11 +114,12 @@ def _add_v1(app: FastAPI, backend: Backend, limits: Limits, meters: Meters) -> N
             results=found.neighbours,
         )
 
-    @app.post("/v1/similarity", openapi_extra=_body_schema("SimilarityRequest"))
+    @app.post("/v1/similarity", openapi_extra=described("SimilarityRequest", uploads=True))
     async def similarity(body: Annotated[tuple[Any, list[bytes]], Depends(_parse_similarity)]) -> SimilarityResponse:
         """How covered is it by the training set: nearest training and test images, percentile, which splits drop it."""
         request, uploads = body
-        covered = await backend.similarity(request.index, read_search(request, limits, uploads), request.k)
+        queries = await fetcher.fill(read_search(request, limits, uploads))
+        covered = await backend.similarity(request.index, queries, request.k)
         answer = covered.found.answer
         if answer.degraded:
             meters.degraded.inc()
@@ -133,7 +150,7 @@ def _add_v1(app: FastAPI, backend: Backend, limits: Limits, meters: Meters) -> N
         data = await backend.thumbnail(index, row_id)
         return Response(data, media_type="image/jpeg", headers={"cache-control": "private, max-age=300"})
 
-    @app.post("/v1/zero-shot", openapi_extra=_body_schema("ZeroShotRequest"))
+    @app.post("/v1/zero-shot", openapi_extra=described("ZeroShotRequest", uploads=True))
     async def zero_shot(body: Annotated[tuple[Any, list[bytes]], Depends(_parse_zero_shot)]) -> ZeroShotResponse:
         """Classify images into the classes of the request."""
         request, uploads = body
@@ -186,14 +203,12 @@ async def _parse_zero_shot(request: Request) -> tuple[ZeroShotRequest, list[byte
 
 async def _parse(request: Request, model: type[Body]) -> tuple[Body, list[bytes]]:
     """Read a JSON or multipart body into a model and the uploaded files."""
-    try:
-        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        try:
             return await _parse_form(request, model)
-        return model.model_validate_json(await request.body()), []
-    except pydantic.ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(step) for step in first["loc"]) or "body"
-        raise ApiError(400, "invalid_request", f"{where[:100]}: {first['msg'][:200]}", "see /docs") from None
+        except pydantic.ValidationError as error:
+            raise refusal(error) from None
+    return parse_json(await request.body(), model), []
 
 
 async def _parse_form(request: Request, model: type[Body]) -> tuple[Body, list[bytes]]:
@@ -239,39 +254,13 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(ApiError(400, "invalid_request", f"{where}: {first['msg']}", "see /docs").as_dict(), 400)
 
     @app.exception_handler(ClipgapError)
-    async def damaged(_: Request, error: ClipgapError) -> JSONResponse:
+    async def damaged(request: Request, error: ClipgapError) -> JSONResponse:
         # Its message may name paths of the server: that is for the log.
-        logger.error("request failed: %s", error)
+        logger.error("request %s failed: %s", request.scope.get("request_id"), error)
         body = ApiError(503, "unavailable", "the index or its metadata cannot be read now").as_dict()
         return JSONResponse(body, 503, {"retry-after": "5"})
 
     @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        logger.error("request %s failed", request.scope.get("request_id"), exc_info=error)
         return JSONResponse(ApiError(500, "internal", "an error of the server, see its log").as_dict(), 500)
-
-
-def _body_schema(name: str) -> dict[str, Any]:
-    schema = {"$ref": f"#/components/schemas/{name}"}
-    upload = {
-        "type": "object",
-        "description": f"The fields of {name}, and files",
-        "properties": {"file": {"type": "string", "format": "binary"}},
-    }
-    content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": upload}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-def _describe_bodies(app: FastAPI, models: list[type[pydantic.BaseModel]]) -> None:
-    """Add the models of hand-parsed bodies to the OpenAPI document."""
-    generate = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = generate()
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        for model in models:
-            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas.update(schema.pop("$defs", {}))
-            schemas[model.__name__] = schema
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,166 +1,36 @@
 """What answers requests, without HTTP and without Ray: encode, search, look up, classify.
 
-`IndexBackend` needs an encoder and indexes that answer asynchronously. In the process these are `LocalEncoder` and
-`LocalSearcher` (tests, notebooks); in the service they are handles of Ray Serve (`deployments`). So everything but
-the transport is the same code, and it is tested without a cluster.
+`IndexBackend` needs an encoder and indexes that answer asynchronously. In the process these are `local.LocalEncoder`
+and `local.LocalSearcher` (tests, notebooks); in the service they are handles of Ray Serve (`remote`). So everything
+but the transport is the same code, and it is tested without a cluster.
+
+A searcher is one version of an index. A request takes the searcher of its index once and asks nobody else, so an
+answer never mixes versions; `replace` puts the next version in its place while requests go on.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+import contextlib
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
-from clipgap_ray.embeddings import check_same_encoder
-from clipgap_ray.encoder import Encoder, ImageError, Preprocess
-from clipgap_ray.index import Answer, LocalIndex
-from clipgap_ray.kernels.topk import merge_topk
+from clipgap_ray.encoder import ImageError, Preprocess
 from clipgap_ray.kernels.vectors import normalise
 from clipgap_ray.kernels.zero_shot import class_weights
 from clipgap_ray.serving import results
+from clipgap_ray.serving.contracts import AsyncEncoder, Covered, Found, Searcher
 from clipgap_ray.serving.coverage import Coverage
-from clipgap_ray.serving.filters import Filter, FilteredShard
+from clipgap_ray.serving.filters import Filter
 from clipgap_ray.serving.inputs import Query
-from clipgap_ray.serving.messages import (
-    ApiError,
-    IndexInfo,
-    Neighbour,
-    Readiness,
-    SetInfo,
-    SimilarityResult,
-    SplitInfo,
-)
-from clipgap_ray.serving.metadata import Metadata
+from clipgap_ray.serving.messages import ApiError, IndexInfo, Readiness, SetInfo, SplitInfo
 
 CACHED_CLASS_SETS = 32
+LOOK_S = 0.02  # between looks at whether the requests of a replaced version are done
 MOST_ASKED = 64  # times k: how far a search goes for rows that are not hidden
-
-
-@dataclass(frozen=True)
-class Found:
-    """An index's answer to a batch of queries: who answered, and the neighbours of every query."""
-
-    info: IndexInfo
-    answer: Answer
-    neighbours: list[list[Neighbour]]
-
-
-@dataclass(frozen=True)
-class Covered:
-    """Where queries stand: the index's answer, and per query its coverage."""
-
-    found: Found
-    results: list[SimilarityResult]
-
-
-class Backend(Protocol):
-    """What `api.make_api` needs."""
-
-    async def search(
-        self, index: str | None, queries: list[Query], k: int, collapse: float | None = None, within: Filter = ()
-    ) -> Found:
-        """Return the k nearest rows of every query; ApiError for an unknown index or uid, or a wrong dimension."""
-        ...
-
-    async def describe(self, index: str | None, row_ids: list[int]) -> list[dict[str, Any]]:
-        """Return the metadata of rows, {} for an unknown or hidden one."""
-        ...
-
-    async def zero_shot(self, images: list[bytes], classes: list[str], templates: list[str]) -> np.ndarray:
-        """Return (n, c) float32 similarities of n image files to c classes."""
-        ...
-
-    async def similarity(self, index: str | None, queries: list[Query], k: int) -> Covered:
-        """Return how covered every query is; ApiError 404 when the service knows no scores."""
-        ...
-
-    async def splits(self) -> list[SplitInfo]:
-        """Return the splits that queries are judged by."""
-        ...
-
-    async def sets(self) -> list[SetInfo]:
-        """Return the test sets that queries are compared with."""
-        ...
-
-    async def thumbnail(self, index: str | None, row_id: int) -> bytes:
-        """Return a small JPEG of a row of an index; ApiError 404 where there is none to show."""
-        ...
-
-    async def indices(self) -> list[IndexInfo]:
-        """Return the indexes, the default one first."""
-        ...
-
-    async def ready(self) -> Readiness:
-        """Ask every part of the service."""
-        ...
-
-
-class AsyncEncoder(Protocol):
-    """An encoder that does not block the event loop."""
-
-    async def encode_images(self, pixels: np.ndarray) -> np.ndarray:
-        """Map (n, size, size, 3) uint8 to (n, d) float32 unit rows."""
-        ...
-
-    async def encode_texts(self, texts: list[str]) -> np.ndarray:
-        """Map n texts to (n, d) float32 unit rows."""
-        ...
-
-
-class Searcher(Protocol):
-    """One index that does not block the event loop."""
-
-    info: IndexInfo
-    metadata: Metadata
-
-    async def answer(self, queries: np.ndarray, k: int, within: Filter = ()) -> Answer:
-        """Search (nq, d) unit rows among the rows that fulfil a filter."""
-        ...
-
-    async def shards_ok(self) -> int:
-        """Return how many shards answer."""
-        ...
-
-
-class LocalEncoder:
-    """An encoder of this process, in a thread, one call at a time."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
-        self._one = asyncio.Lock()
-
-    async def encode_images(self, pixels: np.ndarray) -> np.ndarray:
-        """Map (n, size, size, 3) uint8 to (n, d) float32 unit rows."""
-        async with self._one:
-            return await asyncio.to_thread(self.encoder.encode_images, pixels)
-
-    async def encode_texts(self, texts: list[str]) -> np.ndarray:
-        """Map n texts to (n, d) float32 unit rows."""
-        async with self._one:
-            return await asyncio.to_thread(self.encoder.encode_texts, texts)
-
-
-class LocalSearcher:
-    """An index of this process."""
-
-    def __init__(
-        self, info: IndexInfo, index: LocalIndex, metadata: Metadata, splits: Mapping[str, np.ndarray] | None = None
-    ) -> None:
-        self.info, self.index, self.metadata = info, index, metadata
-        self.shards = [FilteredShard(shard, metadata.rows, splits or {}) for shard in index.shards]
-
-    async def answer(self, queries: np.ndarray, k: int, within: Filter = ()) -> Answer:
-        """Search (nq, d) unit rows in a thread."""
-        found = await asyncio.to_thread(lambda: [shard.search(queries, k, within) for shard in self.shards])
-        return Answer(*merge_topk(found, k), len(self.shards), len(self.shards))
-
-    async def shards_ok(self) -> int:
-        """Return the number of shards: they live as long as this process."""
-        return len(self.shards)
 
 
 def index_info(name: str, manifest: Mapping[str, Any]) -> IndexInfo:
@@ -199,6 +69,8 @@ class IndexBackend:
         self.coverage = coverage
         self.encoder = encoder
         self.preprocess = preprocess
+        self._users: Counter[int] = Counter()  # requests under way, by the id of their searcher
+        self._replaced: dict[str, list[Searcher]] = {}
         self._class_sets: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], np.ndarray] = OrderedDict()
 
     async def search(
@@ -217,8 +89,8 @@ class IndexBackend:
             ApiError: 404 for an unknown index or uid, 400 for a broken image or a vector of another dimension,
                 503 when no shard answers.
         """
-        searcher = self._searcher(index)
-        return await self._nearest(searcher, await self._encode(searcher, queries), k, collapse, within)
+        with self._using(index) as searcher:
+            return await self._nearest(searcher, await self._encode(searcher, queries), k, collapse, within)
 
     async def describe(self, index: str | None, row_ids: list[int]) -> list[dict[str, Any]]:
         """Return the metadata of rows, {} for an unknown or hidden one.
@@ -226,8 +98,8 @@ class IndexBackend:
         Raises:
             ApiError: 404 for an unknown index.
         """
-        metadata = self._searcher(index).metadata
-        return await asyncio.to_thread(metadata.lookup, np.array(row_ids, np.int64))
+        with self._using(index) as searcher:
+            return await asyncio.to_thread(searcher.metadata.lookup, np.array(row_ids, np.int64))
 
     async def _nearest(
         self, searcher: Searcher, rows: np.ndarray, k: int, collapse: float | None = None, within: Filter = ()
@@ -247,14 +119,22 @@ class IndexBackend:
                 return Found(searcher.info, answer, neighbours)
             wanted *= 4
 
-    async def thumbnail(self, index: str | None, row_id: int) -> bytes:
+    async def thumbnail(self, index: str | None, row_id: int, version: str | None = None) -> bytes:
         """Return a small JPEG of a row.
 
+        Args:
+            index: Its name; None is the first.
+            row_id: The row.
+            version: Of the index that the row id came from; None: whatever is served now.
+
         Raises:
-            ApiError: 404 for an unknown index or row, a hidden one, or one without an image that can be read.
+            ApiError: 404 for an unknown index or row, a hidden one, one without an image that can be read, or another
+                version.
         """
-        metadata = self._searcher(index).metadata
-        return await asyncio.to_thread(results.thumbnail, metadata, row_id)
+        with self._using(index) as searcher:
+            if version not in (None, searcher.info.version):
+                raise ApiError(404, "no_image", "another version of the index is being served by now")
+            return await asyncio.to_thread(results.thumbnail, searcher.metadata, row_id)
 
     async def similarity(self, index: str | None, queries: list[Query], k: int) -> Covered:
         """Return how covered every query is by the training set, beside the test sets and splits of the score run.
@@ -264,11 +144,37 @@ class IndexBackend:
         """
         if self.coverage is None:
             raise ApiError(404, "no_scores", "this service knows no scores", "start it with --scores SCORES")
-        searcher = self._searcher(index)
-        rows = await self._encode(searcher, queries)
-        found = await self._nearest(searcher, rows, max(k, 2))
+        with self._using(index) as searcher:
+            rows = await self._encode(searcher, queries)
+            found = await self._nearest(searcher, rows, max(k, 2))
         covered = await asyncio.to_thread(results.cover, self.coverage, queries, rows, found.neighbours, k)
         return Covered(found, covered)
+
+    def replace(self, name: str, searcher: Searcher) -> None:
+        """Answer for an index with another version of it from now on; requests under way end with theirs."""
+        self._replaced.setdefault(name, []).append(self.searchers[name])
+        self.searchers[name] = searcher
+
+    async def drained(self, name: str, timeout_s: float) -> bool:
+        """Wait until no request uses a replaced version of an index, or time is up; True when none does."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while any(self._users[id(old)] for old in self._replaced.get(name, [])):
+                    await asyncio.sleep(LOOK_S)
+        self._replaced[name] = [old for old in self._replaced.get(name, []) if self._users[id(old)]]
+        return not self._replaced[name]
+
+    @contextlib.contextmanager
+    def _using(self, name: str | None) -> Iterator[Searcher]:
+        """The version of an index that is current now, for the whole of a request."""
+        searcher = self._searcher(name)
+        self._users[id(searcher)] += 1
+        try:
+            yield searcher
+        finally:
+            self._users[id(searcher)] -= 1
+            if not self._users[id(searcher)]:
+                del self._users[id(searcher)]
 
     async def splits(self) -> list[SplitInfo]:
         """Return the splits that queries are judged by; none without scores."""
@@ -341,33 +247,3 @@ class IndexBackend:
         counts = await asyncio.gather(*(searcher.shards_ok() for searcher in self.searchers.values()))
         shards = sum(searcher.info.shards for searcher in self.searchers.values())
         return Readiness(ready=sum(counts) == shards, shards=shards, shards_ok=sum(counts))
-
-
-class LocalBackend(IndexBackend):
-    """Everything in this process: tests, notebooks, `uvicorn` without Ray.
-
-    Args:
-        index: A complete index, opened.
-        encoder: Of the queries.
-        metadata: Of the embeddings that the index was built from.
-        name: Of the index.
-        coverage: Scores and splits for `similarity`.
-
-    Raises:
-        IndexMismatchError: If another encoder made the index or the scores.
-    """
-
-    def __init__(
-        self,
-        index: LocalIndex,
-        encoder: Encoder,
-        metadata: Metadata,
-        name: str = "default",
-        coverage: Coverage | None = None,
-    ) -> None:
-        check_same_encoder(index.manifest["encoder"], encoder.fingerprint, (f"index {name}", "the service's encoder"))
-        if coverage is not None:
-            coverage.check(encoder.fingerprint)
-        splits = coverage.uids() if coverage is not None else {}
-        searcher = LocalSearcher(index_info(name, index.manifest), index, metadata, splits)
-        super().__init__({name: searcher}, LocalEncoder(encoder), encoder.preprocess, coverage)

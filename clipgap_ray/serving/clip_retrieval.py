@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal
 import pydantic
 from fastapi import FastAPI, Request
 
-from clipgap_ray.serving.backend import Backend
-from clipgap_ray.serving.inputs import read_search
-from clipgap_ray.serving.messages import ApiError, Finite, Limits, Neighbour, SearchRequest
+from clipgap_ray.serving.contracts import Backend
+from clipgap_ray.serving.fetch import Fetcher
+from clipgap_ray.serving.inputs import parse_json, read_search
+from clipgap_ray.serving.messages import ApiError, Finite, IndexInfo, Limits, Neighbour, SearchRequest
+from clipgap_ray.serving.openapi import described
 
 DUPLICATE = 0.94  # cosine from which its back end takes two results for the same image
 MOST_IMAGES = 100  # thumbnails in one answer
@@ -47,7 +49,10 @@ class MetadataRequest(pydantic.BaseModel):
     ids: list[Annotated[int, pydantic.Field(ge=0, lt=1 << 63)]] = pydantic.Field(max_length=10_000)
 
 
-def add_routes(app: FastAPI, backend: Backend, limits: Limits) -> None:
+BODIES = (KnnRequest, MetadataRequest)
+
+
+def add_routes(app: FastAPI, backend: Backend, limits: Limits, fetcher: Fetcher) -> None:
     """Add /indices-list, /knn-service and /metadata to an application."""
 
     @app.get("/indices-list")
@@ -55,10 +60,10 @@ def add_routes(app: FastAPI, backend: Backend, limits: Limits) -> None:
         """Names of the indexes."""
         return [info.name for info in await backend.indices()]
 
-    @app.post("/knn-service")
+    @app.post("/knn-service", openapi_extra=described("KnnRequest"))
     async def knn_service(request: Request) -> list[dict[str, Any]]:
         """Nearest rows of one query; rows past `num_images` have only id and similarity."""
-        asked = await _read(request, KnnRequest)
+        asked = parse_json(await request.body(), KnnRequest)
         info = next((info for info in await backend.indices() if info.name == asked.indice_name), None)
         if info is not None and info.modality != asked.modality:
             raise ApiError(400, "wrong_modality", f"index {info.name} holds {info.modality} embeddings")
@@ -67,44 +72,36 @@ def add_routes(app: FastAPI, backend: Backend, limits: Limits) -> None:
             k=max(asked.num_images, asked.num_result_ids or 0), index=asked.indice_name,
             collapse=DUPLICATE if asked.deduplicate else None,
         )  # fmt: skip
-        found = await backend.search(query.index, read_search(query, limits), query.k, query.collapse)
+        queries = await fetcher.fill(read_search(query, limits))
+        found = await backend.search(query.index, queries, query.k, query.collapse)
         (near,) = found.neighbours
         return [
-            await _described(backend, query.index, row, with_image=at < MOST_IMAGES)
+            await _described(backend, found.info, row, with_image=at < MOST_IMAGES)
             if at < asked.num_images
             else _short(row)
             for at, row in enumerate(near)
         ]
 
-    @app.post("/metadata")
+    @app.post("/metadata", openapi_extra=described("MetadataRequest"))
     async def metadata(request: Request) -> list[dict[str, Any]]:
         """Metadata of rows by id; unknown and hidden rows are left out."""
-        asked = await _read(request, MetadataRequest)
+        asked = parse_json(await request.body(), MetadataRequest)
         rows = await backend.describe(asked.indice_name, asked.ids)
         return [{"id": row_id, "metadata": facts} for row_id, facts in zip(asked.ids, rows, strict=True) if facts]
-
-
-async def _read(request: Request, model: type[Any]) -> Any:
-    """Its clients send JSON as text/plain or without a content type: the raw body is what counts."""
-    try:
-        return model.model_validate_json(await request.body())
-    except pydantic.ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(step) for step in first["loc"]) or "body"
-        raise ApiError(400, "invalid_request", f"{where[:100]}: {first['msg'][:200]}", "see /docs") from None
 
 
 def _short(row: Neighbour) -> dict[str, Any]:
     return {"id": row.row_id, "similarity": row.similarity}
 
 
-async def _described(backend: Backend, index: str | None, row: Neighbour, with_image: bool) -> dict[str, Any]:
+async def _described(backend: Backend, index: IndexInfo, row: Neighbour, with_image: bool) -> dict[str, Any]:
     """A row with its metadata; without an address its picture comes along, as from a back end with local images."""
     facts = {name: value for name, value in row.model_dump().items() if value is not None}
     described = {**facts, **_short(row)}
     if row.url or not with_image:
         return described
     try:
-        return {**described, "image": base64.b64encode(await backend.thumbnail(index, row.row_id)).decode()}
+        picture = await backend.thumbnail(index.name, row.row_id, index.version)
+        return {**described, "image": base64.b64encode(picture).decode()}
     except ApiError:
         return described

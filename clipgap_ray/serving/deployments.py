@@ -3,6 +3,7 @@
     HTTP -> Gateway --+-> Encoder            texts and images of concurrent requests in one forward pass
                       +-> <index>-shard-0    FAISS in a thread, concurrent requests in one search
                       +-> <index>-shard-1
+                      +-> Operator           only with an admin key: puts new versions in place (`swap`)
 
 One deployment per shard (ray.md 3.3, layout A): each has its own health, replicas and placement. Every sub-call
 carries the index version, and a shard that holds another one counts as missing, so an answer never mixes versions.
@@ -13,8 +14,10 @@ Rejected: ranks of one deployment (recycled on death, answers shrink silently) a
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,52 +29,50 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from clipgap_ray import rundir, schema, store
-from clipgap_ray.config.serve import TOKEN_VARIABLE, ServeSettings
+from clipgap_ray.config.serve import ADMIN_VARIABLE, TOKEN_VARIABLE, ServeSettings, read_token
 from clipgap_ray.embeddings import EmbeddingSet, check_same_encoder
 from clipgap_ray.encoder import EncoderSettings, check
-from clipgap_ray.errors import ConfigError
+from clipgap_ray.errors import ClipgapError, ConfigError, ShardLostError
 from clipgap_ray.hidden import read_hidden
-from clipgap_ray.index import Answer, open_shard
-from clipgap_ray.kernels.topk import merge_topk
+from clipgap_ray.index import open_shard
+from clipgap_ray.serving import swap
+from clipgap_ray.serving.admin import Admin
 from clipgap_ray.serving.api import make_api
 from clipgap_ray.serving.backend import IndexBackend, index_info
 from clipgap_ray.serving.coverage import Coverage, recipe_uri
 from clipgap_ray.serving.filters import Filter, FilteredShard
-from clipgap_ray.serving.guard import token_sha256
-from clipgap_ray.serving.messages import ApiError, IndexInfo, Limits
+from clipgap_ray.serving.guard import token_sha256, write_access_log
+from clipgap_ray.serving.messages import Limits
 from clipgap_ray.serving.metadata import Metadata
+from clipgap_ray.serving.remote import Neighbours, RemoteEncoder, RemoteSearcher, ShardQuery
+from clipgap_ray.uidmap import UidMap
+
+logger = logging.getLogger("clipgap")
 
 QUEUE = 256  # requests waiting per replica; more get 503
 ENCODER_BATCH = 16
-PROBE_S = 2.0
-
-Neighbours = tuple[np.ndarray, np.ndarray]
-
-
-@dataclass(frozen=True)
-class ShardQuery:
-    """One caller's question to a shard: the index version it expects, (nq, d) unit rows, k, conditions on the rows."""
-
-    version: str
-    queries: np.ndarray
-    k: int
-    within: Filter = ()
+ATTEMPTS = 10  # to reach all shards of a new version, each of up to `remote.PROBE_S`
+SURGE = 100  # per cent: when deployed again, a new replica answers before the old one stops
 
 
 @serve.deployment(
     ray_actor_options={"num_cpus": 0.1},
     max_ongoing_requests=QUEUE,
+    max_surge_percent=SURGE,
     health_check_period_s=2,
     graceful_shutdown_timeout_s=5,
 )
 class IndexShardDeployment:
     """One index shard; the constructor loads it, so a replica without it gets no traffic."""
 
-    def __init__(self, uri: str, number: int, version: str, splits: Mapping[str, str]) -> None:
+    def __init__(
+        self, uri: str, version: str, splits: Mapping[str, str], number: int, others: Sequence[DeploymentHandle] = ()
+    ) -> None:
+        """Load the shard; `others` only makes the other shards of a version part of its application (`swap`)."""
         manifest = rundir.read_manifest(uri, "index")
         if manifest["index_version"] != version:
             raise ConfigError(f"index shard {number}: {uri} is version {manifest['index_version']}, not {version}")
-        self.version = version
+        self.uri, self.version = uri, version
         own = {name: store.read_array(path) for name, path in splits.items()}
         self.shard = FilteredShard(
             open_shard(uri, number, manifest), EmbeddingSet.open(manifest["embeddings"]["uri"]), own
@@ -102,13 +103,14 @@ class IndexShardDeployment:
         return [(near[:, : call.k], ids[:, : call.k]) for call, near, ids in pairs]
 
     async def describe(self) -> dict[str, Any]:
-        """Return the version and the process id, for readiness and diagnosis."""
-        return {"version": self.version, "pid": os.getpid(), "rows": self.shard.shard.num_rows}
+        """Return the version, where it lies and the process id, for readiness, swaps and diagnosis."""
+        return {"version": self.version, "uri": self.uri, "pid": os.getpid(), "rows": self.shard.shard.num_rows}
 
 
 @serve.deployment(
     ray_actor_options={"num_cpus": 0.25},
     max_ongoing_requests=QUEUE,
+    max_surge_percent=SURGE,
     graceful_shutdown_timeout_s=5,
 )
 class EncoderDeployment:
@@ -134,57 +136,6 @@ def _split(rows: np.ndarray, counts: list[int]) -> list[np.ndarray]:
     return np.split(rows, np.cumsum(counts)[:-1])
 
 
-class RemoteEncoder:
-    """`backend.AsyncEncoder` over a handle."""
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self.handle = handle
-
-    async def encode_images(self, pixels: np.ndarray) -> np.ndarray:
-        """Map (n, size, size, 3) uint8 to (n, d) float32 unit rows."""
-        return await _encoded(self.handle.encode_images.remote(pixels))
-
-    async def encode_texts(self, texts: list[str]) -> np.ndarray:
-        """Map n texts to (n, d) float32 unit rows."""
-        return await _encoded(self.handle.encode_texts.remote(texts))
-
-
-async def _encoded(response: Any) -> np.ndarray:
-    try:
-        return await response
-    except (RayError, RayServeException):
-        raise ApiError(503, "encoder_lost", "the encoder did not answer", "try again in seconds") from None
-
-
-class RemoteSearcher:
-    """`backend.Searcher` over one handle per shard: scatter, wait no longer than the deadline, merge once."""
-
-    def __init__(self, info: IndexInfo, handles: list[DeploymentHandle], metadata: Metadata, timeout_s: float) -> None:
-        self.info, self.handles, self.metadata, self.timeout_s = info, handles, metadata, timeout_s
-
-    async def answer(self, queries: np.ndarray, k: int, within: Filter = ()) -> Answer:
-        """Search (nq, d) unit rows; shards that are lost, late or of another version are left out and counted."""
-        calls = [handle.search.remote(ShardQuery(self.info.version, queries, k, within)) for handle in self.handles]
-        answers = await asyncio.gather(*(_within(call, self.timeout_s) for call in calls))
-        parts: list[Neighbours] = [part for part in answers if part is not None]
-        nothing = np.full((len(queries), 1), -np.inf, np.float32), np.full((len(queries), 1), -1, np.int64)
-        return Answer(*merge_topk(parts or [nothing], k), len(parts), len(self.handles))
-
-    async def shards_ok(self) -> int:
-        """Return how many shards answer with the right version."""
-        calls = [handle.describe.remote() for handle in self.handles]
-        states = await asyncio.gather(*(_within(call, PROBE_S) for call in calls))
-        return sum(state is not None and state["version"] == self.info.version for state in states)
-
-
-async def _within(response: Any, timeout_s: float) -> Any:
-    """The response, or None when the replica died or is too slow."""
-    try:
-        return await asyncio.wait_for(response, timeout_s)
-    except (RayError, RayServeException, TimeoutError):
-        return None
-
-
 @dataclass(frozen=True)
 class GatewayConfig:
     """What a gateway replica needs besides its handles.
@@ -195,10 +146,12 @@ class GatewayConfig:
         limits: What one request may ask for.
         shard_timeout_s: Deadline of an index shard.
         token_hash: sha256 of the bearer token, or None.
+        admin_hash: sha256 of the admin's, or None.
         scores: A score run for /v1/similarity, or "".
         splits: Splits of its pool.
         blocklist: Takedown list, or "".
         hide: Rules over the metadata whose rows are never shown.
+        access_log: Write a line per request.
     """
 
     indexes: dict[str, str]
@@ -206,43 +159,93 @@ class GatewayConfig:
     limits: Limits
     shard_timeout_s: float
     token_hash: str | None
+    admin_hash: str | None = None
     scores: str = ""
     splits: tuple[str, ...] = ()
     blocklist: str = ""
     hide: tuple[str, ...] = ()
+    access_log: bool = False
 
 
 @serve.deployment(
     ray_actor_options={"num_cpus": 0.1},
     max_ongoing_requests=QUEUE,
     max_queued_requests=QUEUE,
-    graceful_shutdown_timeout_s=5,
+    max_surge_percent=SURGE,
+    graceful_shutdown_timeout_s=20,  # what is under way ends; an idle replica stops at once
 )
 @serve.ingress()
 class Gateway:
     """HTTP: checks the request, encodes, scatters, merges, describes."""
 
     def __init__(
-        self, config: GatewayConfig, encoder: DeploymentHandle, shards: dict[str, list[DeploymentHandle]]
+        self,
+        config: GatewayConfig,
+        encoder: DeploymentHandle,
+        shards: dict[str, list[DeploymentHandle]],
+        operator: DeploymentHandle | None = None,
     ) -> None:
-        searchers = {}
-        hidden = read_hidden(config.blocklist, config.hide)
-        for name, uri in config.indexes.items():
-            manifest = rundir.read_manifest(uri, "index")
-            metadata = Metadata(manifest["embeddings"]["uri"], manifest["modality"], hidden=hidden)
-            info = index_info(name, manifest)
-            searchers[name] = RemoteSearcher(info, shards[name], metadata, config.shard_timeout_s)
+        self.config, self.operator = config, operator
+        self.hidden = read_hidden(config.blocklist, config.hide)
+        searchers = {name: self._searcher(name, uri, shards[name]) for name, uri in config.indexes.items()}
         coverage = Coverage(config.scores, config.splits) if config.scores else None
         self.backend = IndexBackend(searchers, RemoteEncoder(encoder), check(config.encoder), coverage)
-        self.config = config
+        self._applications: dict[str, str] = {}  # of the versions that came after the deployment
+        self._changing = asyncio.Lock()
+
+    def _searcher(self, name: str, uri: str, handles: Sequence[DeploymentHandle]) -> RemoteSearcher:
+        manifest = rundir.read_manifest(uri, "index")
+        uids = UidMap.of_index(uri, manifest)
+        metadata = Metadata(manifest["embeddings"]["uri"], manifest["modality"], hidden=self.hidden, uids=uids)
+        return RemoteSearcher(index_info(name, manifest), list(handles), metadata, self.config.shard_timeout_s)
+
+    async def adopt(self, name: str, application: str, timeout_s: float = 60.0) -> bool:
+        """Answer from the version of an index that another application holds, once all its shards answer here.
+
+        Returns:
+            True when no request of this replica uses the version before any more.
+
+        Raises:
+            ShardLostError: If a shard does not answer; the version before answers on.
+        """
+        async with self._changing:
+            if self._applications.get(name) != application:
+                uri, handles = await swap.shards_of(application)
+                searcher = await asyncio.to_thread(self._searcher, name, uri, handles)
+                for _ in range(ATTEMPTS):  # the first call over a new handle may take seconds
+                    if await searcher.shards_ok() == searcher.info.shards:
+                        break
+                    await asyncio.sleep(0.2)
+                else:
+                    raise ShardLostError(f"not every shard of {application} answers", hint="try again")
+                self.backend.replace(name, searcher)
+                self._applications[name] = application
+        return await self.backend.drained(name, timeout_s)
+
+    async def check_health(self) -> None:
+        """Catch up with swaps: Serve calls this before a replica's first request and every few seconds.
+
+        A replica that starts, or starts again, knows the versions of its deployment only.
+        """
+        try:
+            for name, application in (await asyncio.to_thread(swap.newest_versions)).items():
+                if name in self.config.indexes:
+                    await self.adopt(name, application, timeout_s=0.0)
+        except (RayError, RayServeException, ClipgapError) as error:
+            logger.warning("gateway: versions cannot be looked up: %s", error)  # what it serves, it serves on
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's hook: called after the constructor
         """Build the routes over this replica's backend."""
-        return make_api(self.backend, self.config.limits, self.config.token_hash)
+        if self.config.access_log:
+            write_access_log(sys.stderr)
+        admin = None
+        if self.operator is not None and self.config.admin_hash is not None:
+            admin = Admin(self.config.admin_hash, swap.RemoteOperator(self.operator))
+        return make_api(self.backend, self.config.limits, self.config.token_hash, admin=admin)
 
 
 def build_app(args: ServeSettings | Mapping[str, Any]) -> serve.Application:
-    """Check the settings and wire the deployments.
+    """Check the settings and wire the deployments; bearer tokens come from the environment.
 
     Args:
         args: Settings, or the `args` of a Serve config file.
@@ -263,34 +266,49 @@ def build_app(args: ServeSettings | Mapping[str, Any]) -> serve.Application:
     for name, manifest in manifests.items():
         check_same_encoder(manifest["encoder"], fingerprint, (f"index {name}", "the service's --model"))
         Metadata(manifest["embeddings"]["uri"])
-        deployment = IndexShardDeployment.options(num_replicas=settings.replicas)  # type: ignore[attr-defined]
-        shards[name] = [
-            deployment.options(name=f"{name}-shard-{number}").bind(
-                indexes[name], number, manifest["index_version"], split_files
-            )
-            for number in range(manifest["num_shards"])
-        ]
+        shards[name] = bind_shards(indexes[name], manifest, split_files, settings.replicas, f"{name}-shard-")
     limits = Limits(
         k=settings.max_k,
         batch=settings.max_batch,
         body_bytes=int(settings.max_body_mb * 1e6),
         image_pixels=int(settings.max_image_megapixels * 1e6),
+        image_url=settings.image_url,
+        image_url_s=settings.image_url_timeout_s,
     )
     read_hidden(settings.blocklist, settings.hide)
     if settings.scores:
         Coverage(settings.scores, settings.splits).check(fingerprint)
+    admin = read_token(ADMIN_VARIABLE)
     config = GatewayConfig(
         indexes,
         encoder,
         limits,
         settings.shard_timeout_s,
         token_sha256(token) if token else None,
+        token_sha256(admin) if admin else None,
         settings.scores,
         settings.splits,
         settings.blocklist,
         settings.hide,
+        settings.access_log,
     )
-    return Gateway.bind(config, EncoderDeployment.bind(encoder), shards)  # type: ignore[attr-defined]
+    operator = None
+    if admin:
+        operator = swap.OperatorDeployment.bind(indexes, split_files, settings.replicas)  # type: ignore[attr-defined]
+    return Gateway.bind(config, EncoderDeployment.bind(encoder), shards, operator)  # type: ignore[attr-defined]
+
+
+def bind_shards(
+    uri: str, manifest: Mapping[str, Any], splits: Mapping[str, str], replicas: int, prefix: str
+) -> list[Any]:
+    """Return the deployments of every shard of an index, named by a prefix and their numbers.
+
+    The first one holds the others, so that it stands for all of them as an application.
+    """
+    deployment = IndexShardDeployment.options(num_replicas=replicas)  # type: ignore[attr-defined]
+    args = uri, manifest["index_version"], splits
+    others = [deployment.options(name=f"{prefix}{n}").bind(*args, n) for n in range(1, manifest["num_shards"])]
+    return [deployment.options(name=f"{prefix}0").bind(*args, 0, others), *others]
 
 
 def encoder_settings(settings: ServeSettings, manifest: Mapping[str, Any]) -> EncoderSettings:
@@ -310,7 +328,12 @@ def check_exposure(settings: ServeSettings) -> str:
     Raises:
         ConfigError: If the address is public and there is no token.
     """
-    token = os.environ.get(TOKEN_VARIABLE, "")
+    token = read_token(TOKEN_VARIABLE)
+    if token and token == read_token(ADMIN_VARIABLE):
+        raise ConfigError(
+            f"{TOKEN_VARIABLE} and {ADMIN_VARIABLE} are the same: whoever may read could swap indexes",
+            hint="openssl rand -hex 32 makes another one",
+        )
     if settings.is_public and not token:
         raise ConfigError(
             f"--host {settings.host} can be reached from other machines, and {TOKEN_VARIABLE} is not set",

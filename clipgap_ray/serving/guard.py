@@ -1,21 +1,33 @@
-"""The gate before every route: bearer token, body size, metrics. Plain ASGI, so that nothing is parsed before it."""
+"""The gate before every route: bearer token, body size, metrics, a line in the log.
+
+Plain ASGI, so that nothing is parsed before it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import json
+import logging
+import re
 import time
-from typing import Any
+import uuid
+from dataclasses import dataclass
+from typing import IO, Any
 
 import prometheus_client
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from clipgap_ray.serving.admin import PREFIX as ADMIN_PREFIX
 from clipgap_ray.serving.messages import ApiError
 
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
 OPEN_PREFIX = "/page/"  # the static files of the search page: what it shows needs the token
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}\Z")  # of a caller or a proxy; anything else is replaced
 UNKNOWN = "other"  # one label for all paths that are no route: strangers must not create time series
+
+access = logging.getLogger("clipgap.access")
 
 
 class Meters:
@@ -38,9 +50,41 @@ class Meters:
         return prometheus_client.generate_latest(self.registry)
 
 
+def write_access_log(stream: IO[str]) -> None:
+    """Write a line of JSON per request of this process to a stream."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    access.handlers, access.propagate = [handler], False
+    access.setLevel(logging.INFO)
+
+
 def token_sha256(token: str) -> str:
     """Return what the service keeps of a bearer token: its hash."""
     return hashlib.sha256(token.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Keys:
+    """`token_sha256` of the bearer tokens.
+
+    Attributes:
+        read: Opens what anybody may ask; None lets everybody in.
+        admin: Opens everything; None: the admin's routes do not exist.
+    """
+
+    read: str | None = None
+    admin: str | None = None
+
+    def admit(self, path: str, authorization: bytes) -> bool:
+        """Tell whether a header opens a path."""
+        kind, _, token = authorization.partition(b" ")
+        presented = hashlib.sha256(token.strip()).hexdigest() if kind.lower() == b"bearer" else ""
+        is_admin = self.admin is not None and hmac.compare_digest(presented, self.admin)
+        if self.admin is not None and path.startswith(ADMIN_PREFIX):
+            return is_admin
+        if self.read is None or path in OPEN_PATHS or path.startswith(OPEN_PREFIX):
+            return True
+        return hmac.compare_digest(presented, self.read) or is_admin
 
 
 class Guard:
@@ -49,15 +93,13 @@ class Guard:
     Args:
         app: What it guards.
         body_bytes: Largest body.
-        token_hash: `token_sha256` of the bearer token; None lets everybody in.
+        keys: Who may come in.
         meters: Where requests are counted.
         routes: Known paths, the labels of the metrics.
     """
 
-    def __init__(
-        self, app: ASGIApp, body_bytes: int, token_hash: str | None, meters: Meters, routes: frozenset[str]
-    ) -> None:
-        self.app, self.body_bytes, self.token_hash = app, body_bytes, token_hash
+    def __init__(self, app: ASGIApp, body_bytes: int, keys: Keys, meters: Meters, routes: frozenset[str]) -> None:
+        self.app, self.body_bytes, self.keys = app, body_bytes, keys
         self.meters, self.routes = meters, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,11 +109,13 @@ class Guard:
             return
         started = time.monotonic()
         status = 500
+        request_id = scope["request_id"] = _request_id(scope)
 
         async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
             await send(message)
 
         try:
@@ -83,9 +127,12 @@ class Guard:
         else:
             await self.app(scope, _replay(body, receive), watched)
         finally:
-            route = self._label(scope["path"])
+            route, seconds = self._label(scope["path"]), time.monotonic() - started
             self.meters.requests.labels(route, str(status)).inc()
-            self.meters.seconds.labels(route).observe(time.monotonic() - started)
+            self.meters.seconds.labels(route).observe(seconds)
+            # What was asked, and by whom, is nobody's business.
+            line = {"request_id": request_id, "method": scope["method"], "route": route, "status": status}
+            access.info(json.dumps({**line, "ms": round(1e3 * seconds, 1)}))
 
     def _label(self, path: str) -> str:
         if path in self.routes:
@@ -93,12 +140,7 @@ class Guard:
         return next((prefix for prefix in ("/v1/thumbnails/", OPEN_PREFIX) if path.startswith(prefix)), UNKNOWN)
 
     def _authorise(self, scope: Scope) -> None:
-        if self.token_hash is None or scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_PREFIX):
-            return
-        header = dict(scope["headers"]).get(b"authorization", b"")
-        kind, _, token = header.partition(b" ")
-        presented = hashlib.sha256(token.strip()).hexdigest()
-        if kind.lower() != b"bearer" or not hmac.compare_digest(presented, self.token_hash):
+        if not self.keys.admit(scope["path"], dict(scope["headers"]).get(b"authorization", b"")):
             raise ApiError(401, "unauthorised", "a valid bearer token is required", "Authorization: Bearer TOKEN")
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
@@ -119,6 +161,11 @@ class Guard:
                 raise too_large
             if not message.get("more_body", False):
                 return b"".join(chunks)
+
+
+def _request_id(scope: Scope) -> str:
+    given = dict(scope["headers"]).get(b"x-request-id", b"")
+    return given.decode() if REQUEST_ID.match(given) else uuid.uuid4().hex
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -8,8 +8,10 @@ import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+import pydantic
 from PIL import Image
 
 from clipgap_ray.schema import UID_TEXT
@@ -27,6 +29,8 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 UNIT_TOLERANCE = 2.0**-10  # rounding a unit row to float16 changes its norm by up to half of this
 KINDS = ("text", "image", "vector", "uid", "image_url")
 
+Body = TypeVar("Body", bound=pydantic.BaseModel)
+
 
 @dataclass(frozen=True)
 class Query:
@@ -37,12 +41,33 @@ class Query:
         image: Bytes of an image file of a known format, within the limits.
         vector: (d,) float32, unit norm.
         uid: 32 hex characters in lower case.
+        image_url: Where an image lies, not looked at yet (`fetch`).
     """
 
     text: str | None = None
     image: bytes | None = None
     vector: np.ndarray | None = None
     uid: str | None = None
+    image_url: str | None = None
+
+
+def parse_json(body: bytes, model: type[Body]) -> Body:
+    """Read a JSON body, whatever content type it was sent with: some clients name none.
+
+    Raises:
+        ApiError: 400, naming the field; the body is not echoed.
+    """
+    try:
+        return model.model_validate_json(body)
+    except pydantic.ValidationError as error:
+        raise refusal(error) from None
+
+
+def refusal(error: pydantic.ValidationError) -> ApiError:
+    """Return what a stranger is told about a body that is no request."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    where = ".".join(str(step) for step in first["loc"]) or "body"
+    return ApiError(400, "invalid_request", f"{where[:100]}: {first['msg'][:200]}", "see /docs")
 
 
 def read_search(
@@ -124,6 +149,8 @@ def _read_query(query: QueryFields, limits: Limits) -> Query:
         if not UID_TEXT.match(query.uid):
             raise ApiError(400, "invalid_uid", "uid is not 32 hex characters")
         return Query(uid=query.uid.lower())
+    if limits.image_url:
+        return Query(image_url=query.image_url)
     raise ApiError(
         400, "image_url_off", "image_url is not allowed on this server", "send the image itself: base64 or multipart"
     )

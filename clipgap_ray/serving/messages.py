@@ -44,6 +44,8 @@ class Limits:
         text_chars: Longest text of a query, class name or template.
         classes: Most classes of a zero-shot request.
         prompts: Most classes x templates.
+        image_url: Whether images may be given by their address on the internet.
+        image_url_s: Most seconds to wait for all images of a request.
     """
 
     k: int = 1000
@@ -54,6 +56,8 @@ class Limits:
     text_chars: int = 4000
     classes: int = 2000
     prompts: int = 10_000
+    image_url: bool = False
+    image_url_s: float = 5.0
 
 
 class Strict(pydantic.BaseModel):
@@ -74,7 +78,7 @@ class QueryFields(Strict):
     uid: str | None = None
     """A sample of the index, 32 hex characters: its own embedding is the query."""
     image_url: str | None = None
-    """Not allowed on this server."""
+    """Address of an image on the internet, where the service allows it (`clipgap serve --image-url`)."""
 
 
 class ConditionFields(Strict):

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from clipgap_ray import schema
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.hidden import Hidden
+from clipgap_ray.uidmap import UidMap
 
 COLUMNS = ["uid", "caption", "image_path", "shard", "url"]
 PLACE = ["image_path", "image_offset", "image_bytes"]  # where a row's image lies
@@ -30,12 +31,19 @@ class Metadata:
         modality: Whose vectors `vector` returns: image or text.
         cache_bytes: Memory for tables; one part is always kept.
         hidden: Rows that no answer may show.
+        uids: Where uids lie; None (an index of an earlier version) reads the uids of one part after another.
     """
 
     def __init__(
-        self, uri: str, modality: str = "image", cache_bytes: int = CACHE_BYTES, hidden: Hidden | None = None
+        self,
+        uri: str,
+        modality: str = "image",
+        cache_bytes: int = CACHE_BYTES,
+        hidden: Hidden | None = None,
+        uids: UidMap | None = None,
     ) -> None:
         self.rows = EmbeddingSet.open(uri)
+        self.uids = uids
         self.hidden = hidden or Hidden()
         self._columns = list(dict.fromkeys([*COLUMNS, *PLACE, *self.hidden.columns]))
         self.modality = modality
@@ -87,16 +95,18 @@ class Metadata:
         return self.rows.image_bytes(part, row)
 
     def vector(self, uid: str) -> np.ndarray | None:
-        """Return the (d,) float16 row of a uid, or None.
+        """Return the (d,) float32 row of a uid, or None where there is none (also: a text index, and no caption)."""
+        row_id = self.uids.row_id(uid) if self.uids is not None else self._scan(uid)
+        if row_id is None:
+            return None
+        row: np.ndarray = self.vectors(np.array([row_id], np.int64))[0]
+        return row if row.any() else None
 
-        Reads the uids of one part after another: linear in the rows.
-        """
+    def _scan(self, uid: str) -> int | None:
         for part in self.rows.parts:
-            column = self.rows.metadata(part.number, ["uid"]).column("uid")
-            at = pc.index(column, uid).as_py()
+            at = pc.index(self.rows.metadata(part.number, ["uid"]).column("uid"), uid).as_py()
             if at >= 0:
-                rows = self.rows.images(part.number) if self.modality == "image" else self.rows.texts(part.number)
-                return np.asarray(rows[at])
+                return int(schema.row_ids(part.number, part.num_rows)[at])
         return None
 
     def _table(self, part: int) -> pa.Table:

@@ -57,7 +57,11 @@ def example(settings: ServeSettings) -> str:
     """Return a curl line that works as it stands."""
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     host = f"[{host}]" if ":" in host else host
-    token = f' -H "Authorization: Bearer ${TOKEN_VARIABLE}"' if os.environ.get(TOKEN_VARIABLE) else ""
+    token = ""
+    if os.environ.get(f"{TOKEN_VARIABLE}_FILE"):
+        token = f' -H "Authorization: Bearer $(cat "${TOKEN_VARIABLE}_FILE")"'
+    elif os.environ.get(TOKEN_VARIABLE):
+        token = f' -H "Authorization: Bearer ${TOKEN_VARIABLE}"'
     body = '{"text": "a photo of a bird", "k": 3}'
     return f"curl -s http://{host}:{settings.port}/v1/search{token} -H 'Content-Type: application/json' -d '{body}'"
 

@@ -22,7 +22,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from clipgap_ray import rundir, store
+from clipgap_ray import rundir, store, uidmap
 from clipgap_ray.config.index import IndexSettings
 from clipgap_ray.embeddings import EmbeddingSet, Part, identity, part_file
 from clipgap_ray.errors import ClipgapError, ConfigError, DataError, ShardLostError, StaleOutputError
@@ -101,7 +101,17 @@ def run(settings: IndexSettings) -> rundir.Summary:
             for builder in builders:
                 ray.kill(builder)
         manifest = _manifest(directory.uri, source, settings, choice, nprobe)
-        return directory.finish({**manifest, "recall_at_10": recall}, key=choice.key, recall_at_10=recall)
+        manifest |= {"recall_at_10": recall, "uid_map": _map_uids(directory.uri, source)}
+        return directory.finish(manifest, key=choice.key, recall_at_10=recall)
+
+
+def _map_uids(uri: str, source: Source) -> dict[str, Any]:
+    """Write the map of uids where parts are new, in a task: the driver may be a laptop."""
+    path = store.join(uri, "manifest.json")
+    before = store.read_json(path).get("uid_map") if store.exists(path) else None
+    task = ray.remote(num_cpus=0.5)(uidmap.write)
+    written: dict[str, Any] = next(bounded(lambda _: task.remote(uri, source.rows, before), [0]))
+    return written
 
 
 def _manifest(

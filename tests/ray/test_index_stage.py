@@ -17,7 +17,8 @@ from clipgap_ray.errors import ConfigError, DataError, ShardLostError, StaleOutp
 from clipgap_ray.index import LocalIndex
 from clipgap_ray.kernels.topk import exact_topk
 from clipgap_ray.stages import index as stage
-from tests.index_fixture import FINGERPRINT, all_rows, unit_rows, write_embeddings, write_part
+from clipgap_ray.uidmap import UidMap
+from tests.index_fixture import FINGERPRINT, all_rows, uid, unit_rows, write_embeddings, write_part
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -40,6 +41,7 @@ def test_builds_then_does_nothing_then_appends(tmp_path: Path) -> None:
     assert manifest["recall_at_10"] == 1.0
     assert manifest["encoder"] == FINGERPRINT
     assert [shard["rows"] for shard in manifest["shards"]] == [65, 0]
+    assert manifest["uid_map"]["rows"] == 65
     _agrees(out, parts)
 
     before = Path(out, "shard_00000", "index.faiss").stat().st_mtime_ns
@@ -50,8 +52,13 @@ def test_builds_then_does_nothing_then_appends(tmp_path: Path) -> None:
     log = rundir.CommitLog(source)
     log.append([write_part(source, 3, parts[3])])
     assert stage.run(IndexSettings(embeddings=source, out=out, recall_queries=20)).kept == 75
-    assert rundir.read_manifest(out, "index")["index_version"] != manifest["index_version"]
+    appended = rundir.read_manifest(out, "index")
+    assert appended["index_version"] != manifest["index_version"]
     _agrees(out, parts)
+    for known, one, row_id in ((manifest, uid(2, 3), 2 << 32 | 3), (appended, uid(3, 9), 3 << 32 | 9)):
+        found = UidMap.of_index(out, known)
+        assert found is not None
+        assert found.row_id(one) == row_id
 
     log.append([write_part(source, 0, unit_rows(40, seed=55))])
     with pytest.raises(StaleOutputError, match=r"img_emb_00000\.npy has changed"):

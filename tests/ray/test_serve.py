@@ -6,8 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,25 +21,11 @@ from clipgap_ray.encoder import EncoderSettings
 from clipgap_ray.errors import ClipgapError, ConfigError, DataError, IndexMismatchError
 from clipgap_ray.kernels.topk import exact_topk
 from tests.index_fixture import all_rows, unit_rows, write_embeddings
+from tests.waiting import free_port, until
 
 pytestmark = pytest.mark.ray
 
 PARTS = [unit_rows(60, seed) for seed in range(4)]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _until(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"not in time: {what}"
-        time.sleep(0.05)
-    return value
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +46,7 @@ def address(index: str) -> Iterator[str]:
     from clipgap_ray.serving.deployments import build_app
     from clipgap_ray.serving.run import deploy
 
-    settings = ServeSettings(index=(f"pool={index}",), port=_free_port(), shard_timeout_s=3.0)
+    settings = ServeSettings(index=(f"pool={index}",), port=free_port(), shard_timeout_s=3.0)
     deploy(build_app(settings), settings)
     yield f"http://127.0.0.1:{settings.port}"
     serve.shutdown()
@@ -138,10 +123,10 @@ def test_a_lost_shard_is_flagged_then_comes_back_and_nothing_is_wrong(address: s
         assert not ask()
         # First it hangs: a killed replica may be back before the deadline, and nobody would see it missing.
         os.kill(pid, signal.SIGSTOP)
-        _until(ask, "an answer without the shard")
+        until(ask, "an answer without the shard")
         assert httpx.get(f"{address}/readyz").status_code == 503
         os.kill(pid, signal.SIGKILL)
-        _until(lambda: not ask(), "whole again")
+        until(lambda: not ask(), "whole again")
     assert handle.describe.remote().result(timeout_s=20)["pid"] != pid
     assert "clipgap_degraded_answers_total 0.0" not in httpx.get(f"{address}/metrics").text
 
@@ -155,7 +140,7 @@ def test_impossible_settings_are_refused_before_anything_starts(index: str, addr
     with pytest.raises(ConfigError, match="unknown setting 'indx'"):
         build_app({"index": ["pool=x"], "indx": []})
     with pytest.raises(ConfigError, match="Serve runs on this cluster already"):
-        service.run(ServeSettings(index=(f"pool={index}",), port=_free_port()))
+        service.run(ServeSettings(index=(f"pool={index}",), port=free_port()))
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
@@ -175,7 +160,7 @@ def test_an_index_of_another_encoder_is_refused_at_start(index: str, monkeypatch
 
 @pytest.mark.slow
 def test_the_command_prints_a_curl_line_that_works_and_stops_on_a_signal(index: str) -> None:
-    settings = {"index": [f"pool={index}"], "port": _free_port()}
+    settings = {"index": [f"pool={index}"], "port": free_port()}
     code = (
         "from clipgap_ray.config.serve import ServeSettings; from clipgap_ray.serving.run import run\n"
         f"run(ServeSettings(**{settings!r}))"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import inspect
 import json
 from typing import Any
 
@@ -9,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
-from clipgap_ray.client import AsyncClient, ClassScore, Client, IndexInfo, Neighbour
+from clipgap_ray.client import AsyncClient, ClassScore, Client, IndexInfo, Neighbour, Swap
 from clipgap_ray.errors import ClipgapError
 
 ANSWER = {
@@ -77,6 +78,27 @@ def test_an_unreachable_service_is_named() -> None:
 
     with pytest.raises(ClipgapError, match="http://service does not answer: refused"):
         Client("http://service", transport=httpx.MockTransport(refuse)).indices()
+
+
+def test_an_admin_swaps_and_looks() -> None:
+    seen: list[httpx.Request] = []
+    state = {"state": "loading", "index": "pool", "version_before": "a", "version_after": "b", "message": None}
+    client = _client(202, state, seen)
+    assert client.swap("pool", "out/v2") == client.swap_state() == Swap("loading", "pool", "a", "b")
+    assert [(one.method, one.url.path) for one in seen] == [("POST", "/v1/admin/swap"), ("GET", "/v1/admin/swap")]
+    assert json.loads(seen[0].content) == {"index": "pool", "uri": "out/v2"}
+
+
+def test_both_clients_ask_the_same_questions_in_the_same_words() -> None:
+    def questions(cls: type) -> dict[str, Any]:
+        return {
+            name: (list(inspect.signature(method).parameters), inspect.getdoc(method))
+            for name, method in vars(cls).items()
+            if not name.startswith("_") and name not in ("close", "ask")
+        }
+
+    assert questions(Client) == questions(AsyncClient)
+    assert {"search", "similarity", "zero_shot", "indices", "swap", "swap_state"} == set(questions(Client))
 
 
 def test_the_asynchronous_client_is_the_same() -> None:

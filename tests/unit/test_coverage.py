@@ -19,8 +19,8 @@ from clipgap_ray.errors import ClipgapError, ConfigError, IndexMismatchError
 from clipgap_ray.index import IndexShard, LocalIndex, shard_uri
 from clipgap_ray.kernels import faiss_index
 from clipgap_ray.serving.api import make_api
-from clipgap_ray.serving.backend import LocalBackend
 from clipgap_ray.serving.coverage import Coverage
+from clipgap_ray.serving.local import LocalBackend
 from clipgap_ray.serving.metadata import Metadata
 from tests import twins
 from tests.index_fixture import DIM, FINGERPRINT, uid, unit_rows, write_embeddings

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +20,10 @@ from clipgap_ray.encoder import EncoderSettings
 from clipgap_ray.errors import IndexMismatchError
 from clipgap_ray.index import Answer, IndexShard, LocalIndex, shard_uri
 from clipgap_ray.kernels import faiss_index
+from clipgap_ray.serving import guard
 from clipgap_ray.serving.api import make_api
-from clipgap_ray.serving.backend import LocalBackend
 from clipgap_ray.serving.guard import token_sha256
+from clipgap_ray.serving.local import LocalBackend
 from clipgap_ray.serving.messages import Limits
 from clipgap_ray.serving.metadata import Metadata
 from tests.index_fixture import DIM, FINGERPRINT, uid, unit_rows, write_embeddings
@@ -168,13 +171,32 @@ def _references(value: Any) -> Iterator[str]:
             yield from _references(child)
 
 
-def _huge_png() -> bytes:
-    """A PNG whose header promises 100 megapixels; its data is a few bytes."""
-    header = (10_000).to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00"
+def _chunks(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG file of these chunks."""
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
-        for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b""))
+        for name, data in (*chunks, (b"IEND", b""))
     )
+
+
+def _header(side: int) -> tuple[bytes, bytes]:
+    return b"IHDR", side.to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00"
+
+
+def _huge_png() -> bytes:
+    """A PNG whose header promises 100 megapixels; its data is a few bytes."""
+    return _chunks(_header(10_000), (b"IDAT", zlib.compress(b"\0" * 1000)))
+
+
+def _text_bomb() -> bytes:
+    """A small picture with a comment of 60 MB, compressed to 60 kB."""
+    comment = b"comment\0\0" + zlib.compress(b"\0" * 60_000_000, 9)
+    return _chunks(_header(8), (b"zTXt", comment), (b"IDAT", zlib.compress(b"\0" * 25 * 8)))
+
+
+def _pixel_bomb() -> bytes:
+    """A picture of 8 x 8 pixels whose data unpacks to 60 MB."""
+    return _chunks(_header(8), (b"IDAT", zlib.compress(b"\0" * 60_000_000, 9)))
 
 
 IMAGE = _b64(_png())
@@ -209,6 +231,7 @@ HOSTILE_SEARCH = [
     ({"image": _b64(b"GIF89a")}, 400, "broken_image"),
     ({"image": _b64(_png()[:40])}, 400, "broken_image"),
     ({"image": _b64(_huge_png())}, 413, "image_too_large"),
+    ({"image": _b64(_text_bomb())}, 400, "broken_image"),
     ({"image": _b64(_png(2000, 1))}, 400, "image_too_long"),
     ({"image": _b64(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")}, 400, "broken_image"),
     ({"image_url": "http://169.254.169.254/latest/meta-data"}, 400, "image_url_off"),
@@ -221,6 +244,14 @@ def test_bad_queries_get_their_documented_status(
     client: TestClient, body: dict[str, Any], status: int, code: str
 ) -> None:
     _refused(client.post("/v1/search", json=body), status, code)
+
+
+def test_what_unpacks_to_more_than_it_says_is_not_unpacked(client: TestClient) -> None:
+    bomb = client.post("/v1/search", json={"image": _b64(_pixel_bomb())})  # Pillow reads 8 x 8 pixels of it
+    assert bomb.status_code in (200, 400)
+    packed = gzip.compress(b'{"text": "' + b"x" * 60_000_000 + b'"}')
+    for headers in ({"content-encoding": "gzip"}, {}):
+        _refused(client.post("/v1/search", content=packed, headers=headers), 400, "invalid_request")
 
 
 def _refused(response: Any, status: int, code: str) -> None:
@@ -327,6 +358,26 @@ def test_metrics_count_routes_and_degraded_answers(backend: LocalBackend, monkey
     assert 'clipgap_requests_total{route="/v1/search",status="200"} 2.0' in text
     assert 'clipgap_requests_total{route="other",status="404"} 1.0' in text
     assert "clipgap_degraded_answers_total 1.0" in text
+
+
+def test_requests_have_an_id_and_the_log_says_nothing_of_what_was_asked(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("handlers", "propagate", "level"):
+        monkeypatch.setattr(guard.access, name, getattr(guard.access, name))
+    guard.write_access_log(log := io.StringIO())
+    own = client.post("/v1/search", json={"text": "a secret wish"}, headers={"x-request-id": "mine-1.2_3"})
+    assert own.headers["x-request-id"] == "mine-1.2_3"
+    for given in ("", "a b", "x" * 65, 'quote"', "line\\n"):
+        made = client.get("/v1/thumbnails/5?index=secret", headers={"x-request-id": given}).headers["x-request-id"]
+        assert re.fullmatch("[0-9a-f]{32}", made)
+    client.get("/secret/path")
+    lines = [json.loads(line) for line in log.getvalue().splitlines()]
+    assert lines[0].pop("ms") >= 0
+    assert lines[0] == {"request_id": "mine-1.2_3", "method": "POST", "route": "/v1/search", "status": 200}
+    assert (lines[1]["route"], lines[1]["status"]) == ("/v1/thumbnails/", 404)
+    assert (lines[-1]["route"], lines[-1]["status"]) == ("other", 404)
+    assert "secret" not in log.getvalue()
 
 
 def test_no_shard_at_all_is_unavailable(backend: LocalBackend, monkeypatch: pytest.MonkeyPatch) -> None:
