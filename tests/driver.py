@@ -64,7 +64,7 @@ class Driver(subprocess.Popen[bytes]):
     """A driver that writes its errors to a file: Ray's orphans inherit a pipe and would keep its reader waiting."""
 
     def __init__(self, command: list[str], env: dict[str, str], errors: Path) -> None:
-        self.errors = errors
+        self.log = errors  # Popen has an attribute `errors` of its own
         with open(errors, "wb") as sink:
             super().__init__(command, env=env, stdout=subprocess.DEVNULL, stderr=sink)
 
@@ -74,7 +74,7 @@ class Driver(subprocess.Popen[bytes]):
 
     def said(self) -> str:
         """The end of what it wrote to stderr."""
-        return self.errors.read_text(errors="replace")[-2000:]
+        return self.log.read_text(errors="replace")[-2000:]
 
 
 @pytest.fixture

@@ -40,9 +40,9 @@ class Source:
 
     uri: str
     parts: tuple[int, ...]
+    digest: str
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
-    digest: str
 
     def table_uri(self, part: int) -> str:
         """Return where `SAMPLES` of a part lie."""
@@ -50,9 +50,16 @@ class Source:
 
 
 def index(source: str, out: str) -> Source:
-    """Index a source into a directory, or open the index that is there."""
+    """Index a source into a directory, or open the index that is there.
+
+    A complete index is only read: trainings that start at the same time may share it.
+    """
     test_set = testsets.open_test_set(source) if testsets.is_test_set(source) else None
     shards = list(test_set.shards) if test_set else list_shards(source)
+    names, templates = (test_set.class_names, test_set.templates) if test_set else ((), ())
+    there = _complete(source, out, shards)
+    if there is not None:
+        return Source(store.absolute(out), *there, names, templates)
     with rundir.RunDirectory(out, "samples", {"source": source}) as directory:
         parts = rundir.assign_parts(directory.uri, [shard.name for shard in shards])
         todo = [shard for shard in shards if parts[shard.name] not in directory.log.records]
@@ -66,8 +73,20 @@ def index(source: str, out: str) -> Source:
             progress.close()
         directory.finish({"source": source, "kind": "test set" if test_set else "pool"})
         manifest = store.read_json(directory.path("manifest.json"))
-    names, templates = (test_set.class_names, test_set.templates) if test_set else ((), ())
-    return Source(store.absolute(out), tuple(parts.values()), names, templates, manifest["digest"])
+    return Source(store.absolute(out), tuple(parts.values()), manifest["digest"], names, templates)
+
+
+def _complete(source: str, out: str, shards: list[Shard]) -> tuple[tuple[int, ...], str] | None:
+    """Parts and digest of a finished index of just these shards; None where something is left to do or to refuse."""
+    if not store.exists(store.join(out, "manifest.json")):
+        return None
+    manifest = store.read_json(store.join(out, "manifest.json"))
+    known = store.read_json(store.join(out, "parts.json"))
+    done = rundir.CommitLog(out).records
+    parts = tuple(known.get(shard.name, -1) for shard in shards)
+    if manifest["source"] != source or set(parts) != set(done):
+        return None
+    return parts, manifest["digest"]
 
 
 def _index_shard(uri: str, part: int, shard: Shard, test_set: testsets.TestSet | None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def test_train(drive: Any, tiny_world: made.World, tmp_path: Path) -> None:
     words = {
         # one worker: starting two costs a minute, and two are killed in test_train_faults
         "source": tiny_world.path("pool"), "model": "conv-64-test", "batch_size": 16, "workers": 1, "warmup": 2,
-        "num_samples": 16 * 100, "checkpoint_every": 5, "samples": str(tmp_path / "samples"),
+        "num_samples": 16 * 100, "checkpoint_every": 5,
     }  # fmt: skip
     whole, cut = (TrainSettings(**words, out=str(tmp_path / name)) for name in ("whole", "cut"))
     # Both at once, each in a Ray of its own: starting and ending are mostly waiting.

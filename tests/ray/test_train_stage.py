@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import torch
 
-from clipgap_ray import rundir, store
+from clipgap_ray import lease, rundir, store
 from clipgap_ray.config.split import GapMatch
 from clipgap_ray.config.train import EvaluateSettings, TrainSettings
 from clipgap_ray.encoder import EncoderSettings, register_models
@@ -151,3 +151,5 @@ def test_the_index_is_shared_and_appends(tiny_world: made.World, tmp_path: Path)
     assert samples.index(tiny_world.path("pool"), str(tmp_path)) == first
     assert made.stamps_below(str(tmp_path / "samples")) == before
     assert first.parts == tuple(range(11))
+    with lease.Lease(str(tmp_path)):  # another training appends to it, or holds it for any reason
+        assert samples.index(tiny_world.path("pool"), str(tmp_path)) == first
