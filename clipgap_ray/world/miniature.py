@@ -30,7 +30,7 @@ def draw(spec: WorldSpec, set_name: str, row: int) -> Picture:
     image = styles.PAINTERS[scene.facts.style](scene, rng, spec.image_size)
     quality = int(rng.integers(_LOWEST_QUALITY, _HIGHEST_QUALITY + 1))
     facts = scene.facts
-    if set_name != "pool" and rng.random() < spec.obscured_rate:
+    if facts.label >= 0 and rng.random() < spec.obscured_rate:
         facts = facts._replace(obscured=True)
         image = styles.obscured(image, scene, rng)
     return Picture(facts, image, quality)

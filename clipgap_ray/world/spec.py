@@ -49,9 +49,8 @@ class WorldSpec:
         no_class_rate: Fraction of on-topic rows whose caption does not name the class.
         wrong_rate: Fraction of on-topic rows whose caption names another class.
         off_topic_rate: Fraction of rows showing an abstract pattern with an unrelated caption.
-        obscured_rate: Fraction of pictures, in the reference and in every test set, that something unrelated hides but
-            for a part. They are this world's hopeless images: a model that has learned all there is still misses most
-            of them. The pool has none but leaks: they would be each other's nearest rows, and far-pruning keep them.
+        obscured_rate: Fraction of pictures, in every set and style, that something unrelated hides but for a part.
+            They are this world's hopeless images: a model that has learned all there is still misses most of them.
         correlation: P(background = habitual one of the class) = 1/B + correlation * (1 - 1/B).
         difficulty: 0 to 1; scales noise, clutter and range of poses. 0.05 is the tuned default: the demo's model
             learns about 80 % of Val from 50,000 samples.

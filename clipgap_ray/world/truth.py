@@ -19,7 +19,7 @@ TRUTH_SCHEMA = pa.schema(
         ("label", pa.int32()),  # -1 off topic
         ("style", pa.string()),
         ("background", pa.string()),  # "paper" and "plain" for sketches and silhouettes, "" off topic and for digits
-        ("obscured", pa.bool_()),  # something unrelated hides most of the picture; in the pool leaks only, never digits
+        ("obscured", pa.bool_()),  # something unrelated hides most of the picture; never off topic or for digits
         ("caption", pa.string()),  # pool only, else ""
         ("caption_kind", pa.string()),  # names_class, no_class, wrong, off_topic; "" outside the pool
         ("duplicate_group", pa.int64()),  # pool row of the source, shared by its copies; -1: none

@@ -383,21 +383,25 @@ def test_difficulty_makes_photos_noisier() -> None:
     assert grain(0.0) < grain(0.5) < grain(1.0)
 
 
-def test_some_pictures_of_every_set_but_the_pool_are_obscured(world: World) -> None:
-    for name in ("reference", *evaluation_sets(SPEC), "counteranimal"):
-        rows = world.of(name)
+def test_some_pictures_of_every_set_are_obscured(world: World) -> None:
+    for name in ("pool", "reference", *evaluation_sets(SPEC), "counteranimal"):
+        rows = [row for row in world.of(name) if row["label"] >= 0]
         expected = SPEC.obscured_rate * len(rows)
-        assert abs(sum(row["obscured"] for row in rows) - expected) < 5 * np.sqrt(expected) + 1, name
-    assert not any(row["obscured"] for row in world.of("pool") if not row["leak_of_set"])
-    assert any(row["obscured"] for row in world.of("pool") if row["leak_of_set"])
+        hidden = sum(row["obscured"] for row in rows)
+        # Copies share their source's fate, so the pool's count spreads a little more than a binomial one.
+        assert abs(hidden - expected) < 5 * np.sqrt(expected) + 1, name
+    assert not any(row["obscured"] for row in world.truth if row["label"] < 0)
 
 
-@pytest.mark.parametrize("set_name", ["val", "sketch", "r", "counteranimal"])
+@pytest.mark.parametrize("set_name", ["pool", "val", "sketch", "r"])
 def test_an_obscured_picture_is_the_plain_one_but_for_what_hides_it(set_name: str) -> None:
     hidden, plain = replace(SPEC, obscured_rate=1.0), replace(SPEC, obscured_rate=0.0)
     for row in range(20):
         with_blots, without = miniature.draw(hidden, set_name, row), miniature.draw(plain, set_name, row)
         same = (np.asarray(with_blots.image) == np.asarray(without.image)).all(axis=-1).mean()
+        if without.facts.label < 0:
+            assert with_blots == without
+            continue
         assert with_blots.facts == without.facts._replace(obscured=True)
         assert 0.02 < same < 0.22
         assert with_blots.quality == without.quality
