@@ -47,7 +47,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         for module in MODULES:
             patch.setattr(module, "connect", lambda: None)
             patch.setattr(module, "ray", local)
-            patch.setattr(module, "bounded", lambda submit, items: map(submit, items))
+            patch.setattr(module, "bounded", lambda submit, items, **_: map(submit, items))
         patch.setattr(score, "physical_cpus", lambda: 2)
         patch.setattr(score, "resolve_device", lambda device: "cpu")
         yield "in-process"

@@ -25,7 +25,7 @@ def test_train(drive: Any, tiny_world: made.World, tmp_path: Path) -> None:
     words = {
         # one worker: starting two costs a minute, and two are killed in test_train_faults
         "source": tiny_world.path("pool"), "model": "conv-64-test", "batch_size": 16, "workers": 1, "warmup": 2,
-        "num_samples": 16 * 100, "checkpoint_every": 5,
+        "num_samples": 16 * 50, "checkpoint_every": 5,
     }  # fmt: skip
     whole, cut = (TrainSettings(**words, out=str(tmp_path / name)) for name in ("whole", "cut"))
     # Both at once, each in a Ray of its own: starting and ending are mostly waiting.
@@ -50,8 +50,8 @@ def test_train(drive: Any, tiny_world: made.World, tmp_path: Path) -> None:
     assert len(starts) == 2
     assert starts[1] >= 5, "the second driver began from the start"
     expected, found = history(whole), history(cut)
-    assert [row["step"] for row in found] == [row["step"] for row in expected] == list(range(10, 101, 10))
+    assert [row["step"] for row in found] == [row["step"] for row in expected] == list(range(10, 51, 10))
     for one, other in zip(expected, found, strict=True):
         assert one["lr"] == other["lr"]
         assert abs(one["loss"] - other["loss"]) <= RESUME_LOSS_TOLERANCE
-    assert len({row["loss"] for row in expected}) == 10
+    assert len({row["loss"] for row in expected}) == 5

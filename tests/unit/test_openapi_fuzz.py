@@ -71,11 +71,12 @@ def test_no_made_up_request_is_an_error_of_the_server(document: Any, route: str,
     ask()
 
 
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)  # JSON has no others
 FIELDS = st.fixed_dictionaries(
     {},
     optional={
         "text": st.text(max_size=20) | st.none(),
-        "vector": st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=6),
+        "vector": st.lists(NUMBERS, max_size=6),
         "uid": st.sampled_from([uid(0, 3), "f" * 32, "../x", ""]),
         "image_url": st.sampled_from(["http://127.0.0.1/", "file:///etc/passwd", "http://[::1", "x"]),
         "k": st.integers(-2, 40),
@@ -86,9 +87,9 @@ FIELDS = st.fixed_dictionaries(
                 {},
                 optional={
                     "column": st.sampled_from(["caption", "uid", "width", "clip_score", "sha256", "row_id", "none"]),
-                    "equals": st.text(max_size=3) | st.floats(allow_nan=False) | st.integers(),
+                    "equals": st.text(max_size=3) | NUMBERS | st.integers(),
                     "any_of": st.lists(st.text(max_size=3) | st.integers(), max_size=3),
-                    "at_least": st.floats(allow_nan=False),
+                    "at_least": NUMBERS,
                     "at_most": st.integers(),
                     "split": st.just("near"),
                 },
