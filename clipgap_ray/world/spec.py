@@ -53,7 +53,7 @@ class WorldSpec:
             They are this world's hopeless images: a model that has learned all there is still misses most of them.
         correlation: P(background = habitual one of the class) = 1/B + correlation * (1 - 1/B).
         difficulty: 0 to 1; scales noise, clutter and range of poses. 0.05 is the tuned default: the demo's model
-            learns about 80 % of Val from 50,000 samples.
+            reads about three quarters of Val after 50,000 samples.
         faults: Plant the defects listed in `plan.py`.
 
     Raises:
