@@ -142,7 +142,7 @@ def _fit(settings: TrainSettings, plan: Plan, directory: rundir.RunDirectory) ->
     before = signal.getsignal(signal.SIGINT)
     try:
         result = trainer.fit()
-    except SystemExit:  # Ray Train answers Ctrl-C with exit code 0: that would read as "complete"
+    except (SystemExit, KeyboardInterrupt):  # Ray Train answers Ctrl-C with exit code 0: that would read as "complete"
         raise (stopped[0] if stopped else KeyboardInterrupt) from None
     except ray.train.WorkerGroupError as error:
         raise _own(error) from None
