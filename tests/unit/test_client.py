@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import inspect
 import json
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from clipgap_ray.client import AsyncClient, ClassScore, Client, IndexInfo, Neighbour, Swap
 from clipgap_ray.errors import ClipgapError
+from clipgap_ray.serving import messages
 
 ANSWER = {
     "index": "pool", "version": "v1", "shards": 2, "shards_ok": 1, "degraded": True,
@@ -108,3 +110,16 @@ def test_the_asynchronous_client_is_the_same() -> None:
             return await client.search(text="x")
 
     assert asyncio.run(ask()) == _client(200, ANSWER).search(text="x")
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "left_out"),
+    [
+        (ClassScore, messages.ClassScore, set()),
+        (IndexInfo, messages.IndexInfo, set()),
+        (Neighbour, messages.Neighbour, {"row_id_str"}),  # for JavaScript, whose numbers end at 2**53
+    ],
+)
+def test_the_client_has_the_fields_of_the_service(mine: Any, theirs: Any, left_out: set[str]) -> None:
+    """Written twice on purpose: the client must not need the server's packages."""
+    assert {field.name for field in dataclasses.fields(mine)} == set(theirs.model_fields) - left_out
