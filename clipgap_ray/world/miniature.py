@@ -29,11 +29,7 @@ def draw(spec: WorldSpec, set_name: str, row: int) -> Picture:
     scene, rng = scenes.sample(spec, set_name, row)
     image = styles.PAINTERS[scene.facts.style](scene, rng, spec.image_size)
     quality = int(rng.integers(_LOWEST_QUALITY, _HIGHEST_QUALITY + 1))
-    facts = scene.facts
-    if facts.label >= 0 and rng.random() < spec.obscured_rate:
-        facts = facts._replace(obscured=True)
-        image = styles.obscured(image, scene, rng)
-    return Picture(facts, image, quality)
+    return Picture(scene.facts, image, quality)
 
 
 def caption(facts: Facts, kind: str, rng: np.random.Generator) -> str:

@@ -24,7 +24,7 @@ class Facts(NamedTuple):
     background: str = ""
     colour: str = ""
     size: str = ""
-    obscured: bool = False
+    distant: bool = False
 
 
 class Picture(NamedTuple):

@@ -15,7 +15,7 @@ from clipgap_ray.world.domains import DOMAINS, HABITUAL, HOUSEHOLD, UNIFORM, Dom
 from clipgap_ray.world.parts import BODY, DARK, GAP, LIGHT, SECOND, ellipse, line, polygon
 from clipgap_ray.world.pictures import Facts
 from clipgap_ray.world.spec import RENDITIONS, WorldSpec
-from clipgap_ray.world.streams import SCENE, stream
+from clipgap_ray.world.streams import DISTANCE, SCENE, stream
 
 ABSTRACT = "abstract"
 _SHAPES = {**animals.SHAPES, **things.SHAPES}
@@ -28,6 +28,8 @@ PALETTE = {
 _COLOURS = tuple(PALETTE)
 _RGB = np.array(list(PALETTE.values()), dtype=np.float64)
 _JITTER = 26.0  # grey levels around a palette colour
+#: What is left of the extent of an object far away: 3 to 6 pixels of 64.
+_FAR_AWAY = 0.09
 _SMALL, _BIG = 0.5, 0.8  # extents below and above which a caption may call an object small or big
 
 #: Styles that show no ground, and what stands in its place.
@@ -80,11 +82,14 @@ def sample(spec: WorldSpec, set_name: str, row: int) -> tuple[Scene, np.random.G
     background = _NO_GROUND.get(style, background)
     colour = int(rng.integers(len(_COLOURS)))
     extent = rng.uniform(*domain.scale)
+    distant = style == "photo" and _is_distant(spec, set_name, row)
+    if distant:
+        extent *= _FAR_AWAY
     size = "small" if extent < _SMALL else "big" if extent > _BIG else ""
     inks = _pose(classes.NAMES[label], extent, _tints(colour, rng), domain, rng)
     if style in ("photo", "painting"):
         inks = _clutter(inks, domain, rng)
-    facts = Facts(classes.NAMES[label], label, style, background, _COLOURS[colour], size)
+    facts = Facts(classes.NAMES[label], label, style, background, _COLOURS[colour], size, distant)
     return Scene(facts, inks, domain), rng
 
 
@@ -124,6 +129,11 @@ def _background(spec: WorldSpec, set_name: str, row: int, label: int, domain: Do
     else:
         shares = classes.unusual_shares(label)
     return classes.BACKGROUNDS[_choice(shares, rng)]
+
+
+def _is_distant(spec: WorldSpec, set_name: str, row: int) -> bool:
+    # A stream of its own: worlds that differ in distant_rate alone show the same scenes.
+    return set_name != "pool" and bool(stream(spec.seed, set_name, row, DISTANCE).random() < spec.distant_rate)
 
 
 def _choice(shares: np.ndarray, rng: np.random.Generator) -> int:

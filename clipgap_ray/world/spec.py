@@ -49,8 +49,9 @@ class WorldSpec:
         no_class_rate: Fraction of on-topic rows whose caption does not name the class.
         wrong_rate: Fraction of on-topic rows whose caption names another class.
         off_topic_rate: Fraction of rows showing an abstract pattern with an unrelated caption.
-        obscured_rate: Fraction of pictures, in every set and style, that something unrelated hides but for a part.
-            They are this world's hopeless images: a model that has learned all there is still misses most of them.
+        distant_rate: Fraction of photos, in every set but the pool, whose object is a few pixels far away. They are
+            this world's hopeless images: a model that has learned all there is still misses most of them. The pool
+            has none of its own, so that what the sets share with it are pictures to learn from.
         correlation: P(background = habitual one of the class) = 1/B + correlation * (1 - 1/B).
         difficulty: 0 to 1; scales noise, clutter and range of poses. 0.05 is the tuned default: the demo's model
             reads about three quarters of Val after 50,000 samples.
@@ -78,7 +79,7 @@ class WorldSpec:
     wrong_rate: float = 0.03
     off_topic_rate: float = 0.04
     # The pictures.
-    obscured_rate: float = 0.12
+    distant_rate: float = 0.12
     correlation: float = 0.3
     difficulty: float = 0.05
     faults: bool = False
@@ -110,7 +111,7 @@ class WorldSpec:
             "no_class_rate",
             "wrong_rate",
             "off_topic_rate",
-            "obscured_rate",
+            "distant_rate",
         )
         for name in (*rates, "correlation", "difficulty"):
             if not 0.0 <= getattr(self, name) <= 1.0:
@@ -175,7 +176,7 @@ def preset(
     if kind == DIGITS:
         if correlation is not None:
             raise ConfigError(f"correlation is {correlation}, but a digits world has no backgrounds; leave it out")
-        spec = replace(spec, counter_rows=0, correlation=0.0, obscured_rate=0.0)
+        spec = replace(spec, counter_rows=0, correlation=0.0, distant_rate=0.0)
     elif correlation is not None:
         spec = replace(spec, correlation=correlation)
     return spec if rows is None else replace(spec, rows=rows)

@@ -241,17 +241,6 @@ def abstract(scene: Scene, rng: np.random.Generator, size: int) -> Image.Image:
     return _finish(first * (1.0 - blend) + second * blend + noise)
 
 
-def obscured(image: Image.Image, scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """The same picture behind blots of an abstract one, through which 3 to 20 % of it can be seen."""
-    size = image.width
-    y, x = _grid(size)
-    a, b, c, d = rng.uniform(2.0, 5.0, size=4).astype(np.float32) * rng.choice((-1.0, 1.0), size=4)
-    shift = rng.uniform(0.0, 2.0 * np.pi, size=2)
-    field = np.sin(a * x + b * y + shift[0]) + np.sin(c * x + d * y + shift[1])
-    hidden = field > np.quantile(field, rng.uniform(0.03, 0.2))
-    return _finish(np.where(hidden[..., None], np.asarray(abstract(scene, rng, size)), np.asarray(image)))
-
-
 PAINTERS: dict[str, Callable[[Scene, np.random.Generator, int], Image.Image]] = {
     style.__name__: style for style in (photo, sketch, cartoon, painting, silhouette, abstract)
 }

@@ -19,7 +19,7 @@ TRUTH_SCHEMA = pa.schema(
         ("label", pa.int32()),  # -1 off topic
         ("style", pa.string()),
         ("background", pa.string()),  # "paper" and "plain" for sketches and silhouettes, "" off topic and for digits
-        ("obscured", pa.bool_()),  # something unrelated hides most of the picture; never off topic or for digits
+        ("distant", pa.bool_()),  # a photo whose object is a few pixels far away; in the pool only as a leak
         ("caption", pa.string()),  # pool only, else ""
         ("caption_kind", pa.string()),  # names_class, no_class, wrong, off_topic; "" outside the pool
         ("duplicate_group", pa.int64()),  # pool row of the source, shared by its copies; -1: none
@@ -47,7 +47,7 @@ def truth_row(set_name: str, shard: str, key: str, row: int, facts: Facts | None
             "label": facts.label,
             "style": facts.style,
             "background": facts.background,
-            "obscured": facts.obscured,
+            "distant": facts.distant,
         }
     return {**_BLANK, **known, **more}
 

@@ -383,28 +383,41 @@ def test_difficulty_makes_photos_noisier() -> None:
     assert grain(0.0) < grain(0.5) < grain(1.0)
 
 
-def test_some_pictures_of_every_set_are_obscured(world: World) -> None:
-    for name in ("pool", "reference", *evaluation_sets(SPEC), "counteranimal"):
-        rows = [row for row in world.of(name) if row["label"] >= 0]
-        expected = SPEC.obscured_rate * len(rows)
-        hidden = sum(row["obscured"] for row in rows)
-        # Copies share their source's fate, so the pool's count spreads a little more than a binomial one.
-        assert abs(hidden - expected) < 5 * np.sqrt(expected) + 1, name
-    assert not any(row["obscured"] for row in world.truth if row["label"] < 0)
+def test_some_photos_outside_the_pool_are_distant(world: World) -> None:
+    for name in ("reference", *evaluation_sets(SPEC), "counteranimal"):
+        rows = world.of(name)
+        photos = [row for row in rows if row["style"] == "photo"]
+        expected = SPEC.distant_rate * len(photos)
+        assert abs(sum(row["distant"] for row in photos) - expected) < 5 * np.sqrt(expected) + 1, name
+        assert not any(row["distant"] for row in rows if row["style"] != "photo")
+    assert not any(row["distant"] for row in world.of("pool") if not row["leak_of_set"])
 
 
-@pytest.mark.parametrize("set_name", ["pool", "val", "sketch", "r"])
-def test_an_obscured_picture_is_the_plain_one_but_for_what_hides_it(set_name: str) -> None:
-    hidden, plain = replace(SPEC, obscured_rate=1.0), replace(SPEC, obscured_rate=0.0)
+@pytest.mark.parametrize("set_name", ["val", "a", "counteranimal"])
+def test_a_distant_picture_is_the_same_scene_with_a_tiny_object(set_name: str) -> None:
+    distant, close = replace(SPEC, distant_rate=1.0), replace(SPEC, distant_rate=0.0)
     for row in range(20):
-        with_blots, without = miniature.draw(hidden, set_name, row), miniature.draw(plain, set_name, row)
-        same = (np.asarray(with_blots.image) == np.asarray(without.image)).all(axis=-1).mean()
-        if without.facts.label < 0:
-            assert with_blots == without
-            continue
-        assert with_blots.facts == without.facts._replace(obscured=True)
-        assert 0.02 < same < 0.22
-        assert with_blots.quality == without.quality
+        far, near = miniature.draw(distant, set_name, row), miniature.draw(close, set_name, row)
+        assert far.facts == near.facts._replace(distant=True, size="small")
+        assert far.quality == near.quality
+        shrunk = ink_extents(distant, set_name, row) / ink_extents(close, set_name, row)
+        is_object = shrunk < 0.5
+        assert is_object.sum() >= 3
+        np.testing.assert_allclose(shrunk[is_object], 0.09, rtol=1e-3)
+        np.testing.assert_allclose(shrunk[~is_object], 1.0, rtol=1e-3, err_msg="clutter stays as it is")
+
+
+def ink_extents(spec: WorldSpec, set_name: str, row: int) -> np.ndarray:
+    inks = scenes.sample(spec, set_name, row)[0].inks
+    return np.array([np.ptp(ink.points, axis=0).max() for ink in inks])
+
+
+@pytest.mark.parametrize("set_name", ["pool", "sketch", "r"])
+def test_pool_pictures_and_drawings_are_never_distant(set_name: str) -> None:
+    for row in range(20):
+        far, near = (miniature.draw(replace(SPEC, distant_rate=rate), set_name, row) for rate in (1.0, 0.0))
+        assert far.facts == near.facts
+        assert (np.asarray(far.image) == np.asarray(near.image)).all()
 
 
 # --- faults ----------------------------------------------------------------------------------------------
