@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,7 +44,8 @@ class S3Server:
         requests: What was asked for, in order: (method, path with query).
         failed: How many requests were answered with a failure, by kind.
         fail_every: {kind: n}: every nth request gets an HTTP 500 ("error"), loses its connection in the middle of the
-            body ("cut", GET only) or before any answer ("hang up").
+            body ("cut", GET only) or before any answer ("hang up"), is told to slow down ("throttle").
+        delay_s: Seconds before every answer.
         authorizations: The requests' Authorization headers; "" where a request was not signed.
     """
 
@@ -51,6 +53,7 @@ class S3Server:
     requests: list[tuple[str, str]] = field(default_factory=list)
     failed: dict[str, int] = field(default_factory=dict)
     fail_every: dict[str, int] = field(default_factory=dict)
+    delay_s: float = 0.0
     authorizations: list[str] = field(default_factory=list)
     _counts: dict[str, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -96,10 +99,14 @@ class S3Server:
         self.authorizations.append(request.headers.get("Authorization", ""))
         if not self.authorizations[-1]:  # everything is public here; moto would ask for a signature
             environ["HTTP_AUTHORIZATION"] = "AWS4-HMAC-SHA256 Credential=anyone/20260101/us-east-1/s3/aws4_request"
+        time.sleep(self.delay_s)
         failure = self._next_failure(request.method)
         if failure == "error":
             text = "<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>"
             return Response(text, 500, content_type="application/xml")(environ, start)
+        if failure == "throttle":
+            text = "<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+            return Response(text, 503, content_type="application/xml")(environ, start)
         if failure == "hang up":
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             raise ConnectionError("hung up on purpose")
