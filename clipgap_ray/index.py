@@ -168,6 +168,9 @@ class IndexShard:
 
         Returns:
             The manifest.
+
+        Raises:
+            StorageError: If the disk is full; the older state stays as it was.
         """
         manifest: dict[str, Any] = {
             "number": self.number,
@@ -185,9 +188,10 @@ class IndexShard:
             return manifest
         folder = store.filesystem(uri)[1]
         temporary = f"{folder}.{uuid.uuid4().hex[:8]}.tmp"
-        os.makedirs(temporary)
         try:
-            faiss_index.write(self.index, os.path.join(temporary, "index.faiss"))
+            with store.room(folder):
+                os.makedirs(temporary)
+                faiss_index.write(self.index, os.path.join(temporary, "index.faiss"))
             store.write_bytes(os.path.join(temporary, "row_ids.npy"), row_ids)
             manifest["files"] = {name: file_sha256(os.path.join(temporary, name)) for name in os.listdir(temporary)}
             store.write_json(os.path.join(temporary, "manifest.json"), manifest)

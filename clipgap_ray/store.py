@@ -239,7 +239,7 @@ def atomic_file(uri: str) -> Iterator[IO[bytes]]:
     fs, path = filesystem(uri)
     if not is_local(uri):
         with (
-            _room(f"{tempfile.gettempdir()} (for {uri})"),
+            room(f"{tempfile.gettempdir()} (for {uri})"),
             tempfile.NamedTemporaryFile(prefix="clipgap-upload-") as spool,
         ):
             yield spool
@@ -248,7 +248,7 @@ def atomic_file(uri: str) -> Iterator[IO[bytes]]:
         return
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with _room(uri):
+    with room(uri):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "w+b") as file:
@@ -261,7 +261,8 @@ def atomic_file(uri: str) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def _room(place: str) -> Iterator[None]:
+def room(place: str) -> Iterator[None]:
+    """Turn the OSError of a full disk (or quota) within a block into a StorageError that names the place."""
     try:
         yield
     except OSError as error:

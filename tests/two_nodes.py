@@ -34,7 +34,7 @@ for line in sys.stdin:
 cluster.shutdown()
 """
 #: The cluster's process with a disk of its own at $0.
-WITH_DISK = 'mount -t tmpfs -o size=64m none "$0" && exec "$@"'
+WITH_DISK = 'mount -t tmpfs -o size=1g none "$0" && exec "$@"'
 #: Fills both nodes' object stores before the stage starts, until something had to be spilled, and holds on to it.
 BALLAST = f"""
 import numpy, pathlib, ray

@@ -11,7 +11,9 @@ ties arbitrarily, style.md 3.1). Other indexes answer with FAISS's own similarit
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from typing import Any, NamedTuple
 
 import faiss
@@ -249,8 +251,17 @@ def read(path: str, mmap: bool = True) -> faiss.Index:
 
 
 def write(index: faiss.Index, path: str) -> None:
-    """Write an index file; atomicity is the caller's business."""
-    faiss.write_index(index, path)
+    """Write an index file; atomicity is the caller's business.
+
+    Raises:
+        OSError: ENOSPC if the disk is full, which FAISS reports in words only.
+    """
+    try:
+        faiss.write_index(index, path)
+    except RuntimeError as error:
+        if os.strerror(errno.ENOSPC) in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path) from None
+        raise
 
 
 def num_cells(index: faiss.Index) -> int:

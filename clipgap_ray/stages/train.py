@@ -145,7 +145,8 @@ def _fit(settings: TrainSettings, plan: Plan, directory: rundir.RunDirectory) ->
     except (SystemExit, KeyboardInterrupt):  # Ray Train answers Ctrl-C with exit code 0: that would read as "complete"
         raise (stopped[0] if stopped else KeyboardInterrupt) from None
     except ray.train.WorkerGroupError as error:
-        raise _own(error) from None
+        with store.room(directory.uri):
+            raise _own(error) from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, before)  # Ray Train leaves its own handler behind
@@ -163,9 +164,9 @@ def _fit(settings: TrainSettings, plan: Plan, directory: rundir.RunDirectory) ->
 
 
 def _own(error: ray.train.WorkerGroupError) -> Exception:
-    """The error of ours that ended a worker, without Ray's wrapping; else the error itself."""
+    """The error of ours or of a disk that ended a worker, without Ray's wrapping; else the error itself."""
     causes = [getattr(failure, "_base_exc", failure) for failure in error.worker_failures.values()]
-    return next((cause for cause in causes if isinstance(cause, ClipgapError)), error)
+    return next((cause for cause in causes if isinstance(cause, (ClipgapError, OSError))), error)
 
 
 def _check_room(settings: TrainSettings) -> None:

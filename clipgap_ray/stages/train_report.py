@@ -84,7 +84,8 @@ class TensorBoard:
 
     def close(self) -> None:
         """Close the file, and upload it."""
-        self._writer.close()
+        with contextlib.suppress(OSError):  # a full disk: the checkpoint says so, and better
+            self._writer.close()
         if self._folder is not None:
             for name in os.listdir(self._place):
                 with open(os.path.join(self._place, name), "rb") as file:

@@ -40,6 +40,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SEED = int(os.environ.get("CLIPGAP_FAULT_SEED", "0"))
 LIMIT_S = 240.0
+ROOMY = 1 << 30  # bytes that a tmpfs may take; it takes what is written
 STAGES = {"embed": embed, "score": score, "dedup": dedup, "export": export, "index": index,
           "train": train, "evaluate": evaluate}  # fmt: skip
 #: What a stage's result is, below its folder; the rest is bookkeeping with times in it.
@@ -53,7 +54,7 @@ RESULTS = {
     "evaluate": ("val.parquet", "sketch.parquet", "r.parquet"),
 }
 #: Columns of training's log that say how fast it was, not what came out.
-OF_THE_CLOCK = ("seconds", "samples_per_s", "data_wait", "wait", "eta_s", "time")
+OF_THE_CLOCK = ("data_wait_share", "samples_per_s", "seconds")
 S3_FAILURES = {"error": 9, "cut": 6, "hang up": 31, "throttle": 13}
 
 
@@ -112,6 +113,12 @@ def results(stage: str, files: dict[str, bytes]) -> dict[str, bytes]:
         kept = [{key: value for key, value in row.items() if key not in OF_THE_CLOCK} for row in rows]
         chosen["metrics.jsonl"] = json.dumps(kept).encode()
     return chosen
+
+
+def too_small(stage: str, expected: dict[str, bytes]) -> int:
+    """Bytes of a disk on which the stage starts and cannot finish."""
+    checkpoint = 20_000_000  # less than one of conv-64-test with its optimizer
+    return checkpoint if stage == "train" else max(max(map(len, expected.values())) // 2, 4096)
 
 
 @pytest.fixture(scope="module")
@@ -190,14 +197,13 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(
         pytest.skip("this kernel gives us no mount namespace to make a small disk in")
     expected, _ = lab.undisturbed(stage, tmp_path)
     settings = lab.settings(stage, f"{lab.cluster.disk}/{stage}")
-    largest = max(len(data) for data in expected.values())
-    lab.cluster.resize_disk(max(largest // 2, 4096))
+    lab.cluster.resize_disk(too_small(stage, expected))
     driver = lab.cluster.driver(STAGES[stage], settings)
     assert driver.wait(timeout=LIMIT_S) == 1, driver.said()
     assert "no space left on device" in driver.said()
     out = lab.cluster.on_disk(stage)
     assert not (out / "manifest.json").exists()
-    lab.cluster.resize_disk(64 << 20)
+    lab.cluster.resize_disk(ROOMY)
     driver = lab.cluster.driver(STAGES[stage], settings)
     assert driver.wait(timeout=LIMIT_S) == 0, driver.said()
     assert results(stage, made.files_below(str(out))) == expected
