@@ -18,6 +18,7 @@ import ray
 
 from clipgap_ray.errors import ClipgapError, ConfigError
 from clipgap_ray.stages import limits
+from clipgap_ray.stages.autoscaler import launchable
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -27,7 +28,6 @@ LOG_EVERY_S = 10.0
 SAY_SHORTAGE_S = 30.0
 START_ATTEMPTS = 3
 SMALL_ROWS = 500_000  # below, starting Ray takes longer than light work on the rows
-MOST_TASKS = 4096  # in flight, where the autoscaler knows no limit
 
 logger = logging.getLogger("clipgap")
 
@@ -100,15 +100,6 @@ def _object_store_bytes() -> int:
 def cluster_cpus() -> float:
     """Return the CPUs of the cluster now, at least 1."""
     return max(1.0, ray.cluster_resources().get("CPU", 1.0))
-
-
-def launchable(resource: str) -> int:
-    """Return how much of a resource ("CPU", "GPU") the autoscaler may bring up in all; 0 where there is none.
-
-    Work has to be sized by this: a cluster that starts at zero adds nodes only for what waits.
-    """
-    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    return min(MOST_TASKS, int(limits.get(resource, 0)))
 
 
 def physical_cpus() -> int:

@@ -26,7 +26,8 @@ from clipgap_ray.config.train import TrainSettings
 from clipgap_ray.encoder import EncoderSettings, check, register_models
 from clipgap_ray.errors import ClipgapError, ConfigError, DataError, StoppedError
 from clipgap_ray.stages import train_report
-from clipgap_ray.stages.session import Progress, cluster_cpus, connect, launchable, resolve_device, waiting
+from clipgap_ray.stages.autoscaler import launchable
+from clipgap_ray.stages.session import Progress, cluster_cpus, connect, resolve_device, waiting
 from clipgap_ray.stages.train_data import DECODER_CPUS, Plan
 from clipgap_ray.stages.train_loop import train_loop
 from clipgap_ray.stages.train_plan import make_plan

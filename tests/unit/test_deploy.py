@@ -162,6 +162,15 @@ def test_node_groups_are_those_of_cluster_yaml():
     assert "tolerations" not in GROUPS["cpu"]["template"]["spec"]
 
 
+def test_jobs_are_told_what_the_worker_groups_come_to_at_their_most():
+    most = {"CPU": 0.0, "GPU": 0.0}
+    for group in CLUSTER["workerGroupSpecs"]:
+        for name in most:
+            most[name] += group["maxReplicas"] * float(group["rayStartParams"].get(f"num-{name.lower()}s", 0))
+    (said,) = [item["value"] for item in _container("head")["env"] if item["name"] == "CLIPGAP_LAUNCHABLE"]
+    assert {name: float(amount) for name, amount in (part.split("=") for part in said.split(","))} == most
+
+
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
 def test_workers_drain_before_they_end(name):
     from ray.scripts.scripts import drain_node

@@ -1,13 +1,15 @@
 """Sizing work by what a cluster has, and by what its autoscaler may bring."""
 
+import shutil
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from clipgap_ray.errors import ClipgapError, ConfigError
-from clipgap_ray.stages import session
+from clipgap_ray.stages import autoscaler, session
 
 
 @pytest.fixture
@@ -16,7 +18,7 @@ def cluster(monkeypatch):
 
     def pretend(has, may, nodes=1, free=None):
         state = SimpleNamespace(get_max_resources_from_cluster_config=lambda: may)
-        monkeypatch.setattr(session.ray._private, "state", SimpleNamespace(state=state))
+        monkeypatch.setattr(autoscaler.ray._private, "state", SimpleNamespace(state=state))
         monkeypatch.setattr(session.ray, "cluster_resources", lambda: has)
         monkeypatch.setattr(session.ray, "nodes", lambda: [{"Alive": True, "NodeID": "a", "Resources": has}] * nodes)
         monkeypatch.setattr(session.ray, "available_resources", lambda: free or has)
@@ -48,7 +50,45 @@ def test_without_gpus_now_or_later(cluster):
 
 def test_an_autoscaler_without_limit_is_given_one(cluster):
     cluster({}, {"CPU": sys.maxsize})
-    assert session.physical_cpus() == session.MOST_TASKS
+    assert session.physical_cpus() == autoscaler.MOST_TASKS
+
+
+def test_limits_that_ray_does_not_tell_are_read_from_the_variable(cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster({}, None)
+    monkeypatch.setenv("CLIPGAP_LAUNCHABLE", "CPU=80, GPU=2")
+    assert (session.physical_cpus(), session.cluster_gpus(), autoscaler.launchable("TPU")) == (80, 2, 0)
+    monkeypatch.setenv("CLIPGAP_LAUNCHABLE", "CPU=many")
+    with pytest.raises(ConfigError, match="CPU=many"):
+        session.physical_cpus()
+
+
+def test_limits_of_a_cluster_made_by_ray_up_are_read_from_its_configuration(
+    cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cluster({}, None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(Path(__file__).parents[2] / "cluster.yaml", tmp_path / "ray_bootstrap_config.yaml")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert autoscaler.launchable("CPU") == 0, "a private Ray on a head has no autoscaler"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert (autoscaler.launchable("CPU"), autoscaler.launchable("GPU")) == (8 * 16 + 2 * 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("all_together", "expected"),
+    [(None, {"CPU": 1 + 3 * 4 + 2 * 8, "GPU": 2}), (3, {"CPU": 1 + 2 * 8 + 4, "GPU": 2}), (1, {"CPU": 9, "GPU": 1})],
+)
+def test_the_most_that_node_types_come_to(all_together, expected) -> None:
+    config = {
+        "head_node_type": "head",
+        "available_node_types": {
+            "head": {"resources": {"CPU": 1}, "max_workers": 0},
+            "small": {"resources": {"CPU": 4}, "max_workers": 3},
+            "large": {"resources": {"CPU": 8, "GPU": 1}, "max_workers": 2},
+        },
+    }
+    config |= {} if all_together is None else {"max_workers": all_together}
+    assert autoscaler.most_resources(config) == expected
 
 
 def test_a_slow_start_of_ray_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
