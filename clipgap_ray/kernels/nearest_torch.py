@@ -38,7 +38,8 @@ class TorchPass(CpuPass):
         self.block_rows = max(64, min(65536, PRODUCT_BYTES // (4 * max(1, len(queries.rows)))))
 
     def _start_lists(self, width: int) -> None:
-        columns = torch.from_numpy(np.ascontiguousarray(self.queries.rows)).to(self._device).T
+        # A copy: rows from the object store are read-only, which tensors cannot be.
+        columns = torch.from_numpy(np.array(self.queries.rows, order="C")).to(self._device).T
         # CPUs have no product of float16 with float32 sums; converting first gives the same numbers.
         self._columns = columns if self._device.type == "cuda" else columns.float()
         self._device_tau = torch.from_numpy(self._tau).to(self._device)

@@ -59,7 +59,7 @@ threading.Thread(target=watch, daemon=True).start()
 """
 COUNT = """
 import json, ray, sys
-ray.init(logging_level="ERROR")
+ray.init(logging_level="ERROR", log_to_driver=False)
 print(json.dumps([node["Resources"] for node in ray.nodes() if node["Alive"]]))
 """
 
@@ -165,7 +165,7 @@ def test_nodes_come_for_a_job_and_go_when_idle(
         assert made.files_below(f"{out}/{kind}") == made.files_below(f"{tiny_embeddings['pool']}/{kind}")
 
     words = {**made.score_words(tiny_embeddings), "group_bytes": 1, "query_share": 1e9}
-    scoring = cluster.run(score, ScoreSettings(**words, out=str(tmp_path / "scores")))
+    scoring = cluster.run(score, ScoreSettings(**words, out=str(tmp_path / "scores"), device="cpu"))
     assert scoring.get("cpu_worker", 0) + scoring.get("gpu_worker", 0) >= 1, scoring
     for kind in ("pool", "queries", "thresholds"):
         assert made.files_below(f"{tmp_path}/scores/{kind}") == made.files_below(f"{tiny_scores}/{kind}")
