@@ -79,7 +79,7 @@ class TwoNodes:
         self.disk = str(Path(folder, "disk")) if unshare else ""
         words = [sys.executable, "-c", HOLDER, folder, str(STORE_BYTES)]
         if self.disk:
-            Path(self.disk).mkdir()
+            Path(self.disk).mkdir(parents=True)
             words = [*unshare, "bash", "-c", WITH_DISK, self.disk, *words]
         self.holder = subprocess.Popen(
             words, env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
