@@ -3,8 +3,8 @@
     python benchmarks/nodes.py [--rounds 3]
 
 A node is Ray's own: a raylet with its workers, held on one core by the kernel. The driver and the cluster's head
-processes run on the first core in both cases, so that two nodes have exactly one core more than one. Each case runs over
-few and over many rows; the difference is without start-up. Needs two cores that nobody else uses.
+processes run on the first core in both cases, so that two nodes have exactly one core more than one. Each case runs
+over few and over many rows; the difference is without start-up. Needs two cores that nobody else uses.
 """
 
 from __future__ import annotations
