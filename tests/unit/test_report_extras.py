@@ -1,5 +1,6 @@
 """Sections that the report shows when other commands left their results in the study's folder."""
 
+import html
 import json
 import re
 import shutil
@@ -68,6 +69,22 @@ def test_numbers_of_the_sections_are_those_of_the_commands(root, page) -> None:
     assert all(f"{r['jaccard']:.2f}" in section(page, "encoders") for r in agreed)
     for word in ("linear probe (all)", "1 per class", "74.0", "Δ −8.0"):
         assert word in section(page, "few-shot")
+
+
+def test_hypotheses_stand_beside_what_the_commands_measured(root, page) -> None:
+    records = pq.read_table(root / "report" / "tables" / "hypotheses.parquet").to_pylist()
+    assert (root / "report" / "tables" / "hypotheses.csv").exists()
+    verdicts = {r["hypothesis"]: r["verdict"] for r in records}
+    assert list(verdicts) == ["exposure", "shortcut", "caption", "foreground", "selection"]
+    assert not any("run `" in verdict for verdict in verdicts.values()), "everything was run"
+    part = pq.read_table(root / "report" / "tables" / "group_drop_and_similarity.parquet").to_pylist()[0]
+    residual = next(r for r in records if r["hypothesis"] == "exposure" and r["unit"] == "points")
+    assert (residual["value"], residual["low"]) == (part["residual_pp"], part["residual_low_pp"])
+    chosen = json.loads((root / "discover" / "discover.json").read_text())["models"]["full"]
+    assert next(r for r in records if r["hypothesis"] == "selection")["value"] == chosen["held_out_drop_pp"]
+    shown = html.unescape(section(page, "hypotheses"))
+    assert all(verdict in shown for verdict in verdicts.values())
+    assert all(r["prediction"] in shown for r in records)
 
 
 def test_duplicates_stand_at_every_threshold_before_and_after(root, page) -> None:
