@@ -95,6 +95,12 @@ def test_duplicates_stand_at_every_threshold_before_and_after(root, page) -> Non
     # Two test images lie in the pool; the cut to the reference's gap takes them out.
     assert records["val", "pool", 0.99]["rate"] >= 2 / 80 > records["val", found.CUT, 0.99]["rate"]
     assert all(r["low"] <= r["rate"] <= r["high"] for r in records.values())
+    rates = [records["val", where, None]["rate"] for where in ("pool", found.CUT)]
+    assert rates == [2 / 80, 0], "the two are in the pool byte for byte"
+    assert {r["by"] for r in records.values()} == {"similarity", "sha256"}
+    shown = section(page, "duplicates")
+    assert "equal bytes: pool" in shown
+    assert "Byte for byte 2 of all 240 test images lie in the pool." in shown
     assert [r["sha256"] + r["near"] for r in found.removed_duplicates(study)] == [2, 5]
     assert "≥ 0.99: after the cut" in section(page, "duplicates")
 
