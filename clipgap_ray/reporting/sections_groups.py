@@ -145,7 +145,7 @@ def hypotheses(numbers: Numbers) -> Section:
                  (value, say.span(r["low"], r["high"], style), False) if measured else "–", r["outcome"],
                  r["verdict"] if first else ""]
             )  # fmt: skip
-        headers = ["hypothesis", "prediction", "measured (95 %)", "prediction", "verdict"]
+        headers = ["hypothesis", "prediction", "measured (95 %)", "outcome", "verdict"]
         section.tables.append(Table(headers, rows, f"{own[0]['arm']} on {test}"))
     section.notes = [
         "A prediction holds when its interval leaves no other reading, fails when it leaves only the opposite, and is "

@@ -73,6 +73,7 @@ def test_the_core_set_study_compares_each_size_with_as_many_random_rows():
     for size in (4, 8, 16, 32, 64):
         assert float(study.splits[f"core-{size}"]["size"]) == 1 / size
         assert study.splits[f"random-{size}"] == {"kind": "random", "match": f"core-{size}"}
+        assert study.splits[f"capped-{size}"] == {**study.splits[f"core-{size}"], "cap": "2.0"}
     assert {"full", *study.splits} == {run.split for run in study.runs}
 
 
