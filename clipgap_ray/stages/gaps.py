@@ -78,7 +78,8 @@ def _digests(rows: EmbeddingSet) -> np.ndarray:
 
 
 def _part_digests(rows: EmbeddingSet, part: Part) -> np.ndarray:
-    return np.array(rows.metadata(part.number, ["sha256"]).column("sha256").to_pylist(), "S64")
+    digests = rows.metadata(part.number, ["sha256"]).column("sha256").to_pylist()
+    return np.array([digest or "" for digest in digests], "S64")
 
 
 def _pass(
