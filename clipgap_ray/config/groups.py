@@ -19,7 +19,8 @@ class AttributesSettings(Settings):
     out: str
     """Directory for labels/, attributes.json, confusion.csv and to_check.csv; running again continues it."""
     prompts: str = "backgrounds"
-    """YAML file with a mapping of attribute: prompt or list of prompts; or `backgrounds`, the 14 of CounterAnimal."""
+    """YAML file with a mapping of attribute: prompt or list of prompts; or `backgrounds`, the 14 of CounterAnimal
+    (`backgrounds-miniature`: the 6 of the miniature world)."""
     margin: pydantic.NonNegativeFloat = 0.005
     """Abstain where the best and the second attribute differ by less in similarity."""
     pretrained: str = ""

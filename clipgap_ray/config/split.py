@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 
-from clipgap_ray.config.base import Settings
+from clipgap_ray.config.base import Later, Settings
 from clipgap_ray.errors import ConfigError
 
 
@@ -70,6 +70,19 @@ class Core(SplitSettings):
     """Rows kept: an integer is a count, a number with a point a fraction."""
     policy: Literal["max", "rank", "zscore"] = "max"
     """How test sets merge: largest similarity, round-robin over ranks, or largest after standardising."""
+    cap: Annotated[str, Later()] = ""
+    """Keep at most so many rows of one partition of the pool: an integer is a count, a number with a point times an
+    even share (2.0: twice size / partitions). Empty: no cap. With --policy max."""
+    partitions: Annotated[pydantic.PositiveInt, Later()] = 100
+    """With --cap: k-means partitions of the pool; they are kept beside the split, for the next one."""
+    partition_seed: Annotated[int, pydantic.Field(ge=0, lt=2**31), Later()] = 0
+    """Seed of the k-means."""
+
+    @pydantic.model_validator(mode="after")
+    def _capped_by_similarity(self) -> Core:
+        if self.cap and self.policy != "max":
+            raise ConfigError(f"core --cap {self.cap} with --policy {self.policy}: a cap is for --policy max")
+        return self
 
 
 class Random(SplitSettings):

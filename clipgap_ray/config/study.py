@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 import pydantic
 import tyro
 
-from clipgap_ray import schema
+from clipgap_ray import schema, world
 from clipgap_ray.config import split as split_config
+from clipgap_ray.config.analyses import AnalysesSection
 from clipgap_ray.config.base import Operational, Settings, Storage, StorageSettings
 from clipgap_ray.config.limits import Limits, LimitsSettings
 from clipgap_ray.errors import ConfigError
@@ -146,6 +147,8 @@ class StudyFile(Settings):
     """Models to train."""
     probe_shots: tuple[pydantic.PositiveInt, ...] = ()
     """Images per class of the reference for few-shot probes of every CLIP (1 2 4 8 16); none: no probes."""
+    analyses: AnalysesSection = AnalysesSection()
+    """Further analyses for the report."""
     index_shards: pydantic.PositiveInt = 2
     """FAISS index shards to build over the pool for `clipgap serve`."""
     assert_effects: bool = False
@@ -165,7 +168,43 @@ class StudyFile(Settings):
             raise ConfigError(f"runs name splits that are not defined: {sorted(unknown)}")
         if not self.metric_model and (self.runs[0].split, self.runs[0].objective) != ("full", "clip"):
             raise ConfigError("without metric_model the first run must be the full pool's CLIP: it is the metric")
+        self._check_analyses()
         return self
+
+    def _check_analyses(self) -> None:
+        """What the analyses name is in this study."""
+        asked = self.analyses
+        tests = self.test_names()
+        if asked.about_groups and asked.test not in tests:
+            raise ConfigError(
+                f"analyses.test is {asked.test!r}, the study's test sets are {list(tests)}",
+                hint="name one whose images are in the groups common and counter; digits worlds have none",
+            )
+        clip = [run.name for run in self.runs if run.objective == "clip"]
+        second = asked.second_encoder
+        if second is not None and second.run and second.run not in clip:
+            raise ConfigError(f"analyses.second_encoder.run is {second.run!r}, the study's CLIPs are {clip}")
+        if asked.discover and not clip:
+            raise ConfigError("analyses.discover compares CLIPs, but all runs are supervised", hint="add a run")
+        supervised = sum(run.objective == "supervised" for run in self.runs)
+        if asked.join and not self.whole_pool_runs() and supervised < 2:
+            raise ConfigError(
+                f"analyses.join needs a CLIP trained on the full pool, or two supervised runs; runs are "
+                f"{[run.name for run in self.runs]}",
+                hint="add {split: full} to runs",
+            )
+
+    def test_names(self) -> tuple[str, ...]:
+        """Return the names of the test sets: those of `data`, or those that the world will have."""
+        if self.data is not None:
+            return tuple(self.data.tests)
+        assert self.world is not None  # one of the two is there
+        spec = world.preset(self.world.preset, kind=self.world.kind)
+        return (*world.evaluation_sets(spec), *(["counteranimal"] if spec.counter_rows else []))
+
+    def whole_pool_runs(self) -> list[RunSection]:
+        """Return the CLIPs that were trained on the uncut pool."""
+        return [run for run in self.runs if run.objective == "clip" and run.split == "full"]
 
     @staticmethod
     def split_settings(name: str, values: dict[str, Any], scores: str, out: str) -> split_config.SplitSettings:

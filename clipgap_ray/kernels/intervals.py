@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
-from statsmodels.stats.proportion import proportion_confint
+from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
 CONFIDENCE = 0.95
 
@@ -36,6 +36,26 @@ def wilson(hits: np.ndarray, totals: np.ndarray, confidence: float = CONFIDENCE)
     some = totals > 0
     low, high = proportion_confint(hits, np.where(some, totals, 1), alpha=1 - confidence, method="wilson")
     return np.where(some, low, np.nan), np.where(some, high, np.nan)
+
+
+def proportion_difference(
+    first: tuple[int, int], second: tuple[int, int], confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """Return Newcombe's interval of the difference of two independent proportions (statsmodels).
+
+    Args:
+        first: Hits and trials, 0 <= hits <= trials, trials > 0.
+        second: Likewise; the interval is of first - second.
+        confidence: Coverage, in (0, 1).
+
+    Raises:
+        ValueError: If hits lie outside [0, trials], or there are no trials.
+    """
+    for hits, trials in (first, second):
+        if not 0 <= hits <= trials or not trials:
+            raise ValueError(f"{hits} hits of {trials} trials: expected 0 <= hits <= trials and at least one trial")
+    low, high = confint_proportions_2indep(*first, *second, method="newcomb", compare="diff", alpha=1 - confidence)
+    return float(low), float(high)
 
 
 def resample_hits(hits: np.ndarray, totals: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:

@@ -95,3 +95,24 @@ def merge(parts: Sequence[Kept]) -> Kept:
     for cut in range(len(parts[0].best)):
         lists.append(nearest.merge([nearest.QueryNearest(*(getattr(p, name)[cut] for name in _LISTS)) for p in parts]))
     return _stacked(lists, np.sum([part.within for part in parts], axis=0))
+
+
+def same_bytes(digests: np.ndarray, keeps: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Tell which queries lie byte for byte in each cut.
+
+    Args:
+        digests: (n,) `S64` sha256 of the pool rows' images in hex; b"" = not known, like nothing.
+        keeps: (C, n) bool, one mask per cut; True = stays.
+        wanted: (Q,) `S64` of the queries' images.
+
+    Returns:
+        (C, Q) bool.
+    """
+    unique, place = np.unique(wanted, return_inverse=True)
+    found = np.zeros((len(keeps), len(unique)), bool)
+    if len(unique):
+        at = np.minimum(np.searchsorted(unique, digests), len(unique) - 1)
+        same = (unique[at] == digests) & (digests != b"")
+        for own, keep in zip(found, keeps, strict=True):
+            own[at[same & keep]] = True
+    return found[:, place]

@@ -6,6 +6,8 @@ both names say what is thrown away. Ties go by uid, so that near(n) and far(N - 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numba import njit
 
@@ -90,6 +92,69 @@ def boundary(values: np.ndarray, size: int, bound: float) -> np.ndarray:
         return np.zeros(0, np.int64)
     cut = np.partition(values, size - 1)[[size - 1]] if size < len(values) else values[:0]
     return np.nonzero(np.abs(values - cut) <= 2 * bound)[0]
+
+
+def most_per_partition(values: np.ndarray, partition: np.ndarray, cap: int) -> np.ndarray:
+    """Keep the `cap` uids with the HIGHEST values of every partition, ties as in `keep_most`.
+
+    Args:
+        values: (u,) float64, one per uid in uid order.
+        partition: (u,) int, the partition of every uid.
+        cap: Uids per partition; a smaller partition stays whole.
+
+    Returns:
+        (u,) bool, True = stays.
+    """
+    keep = np.zeros(len(values), bool)
+    order, places = _places_from_top(values, partition)
+    keep[order[places < cap]] = True
+    return keep
+
+
+def _places_from_top(values: np.ndarray, partition: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(u,) uids by partition and, within it, from the highest value (of equals the highest uid) down; (u,) places."""
+    order = np.lexsort((np.arange(len(values)), values, partition))[::-1]
+    ordered = partition[order]
+    first = np.concatenate([[True], ordered[1:] != ordered[:-1]]) if len(order) else np.zeros(0, bool)
+    starts = np.nonzero(first)[0]
+    return order, np.arange(len(order)) - np.repeat(starts, np.diff([*starts, len(order)]))
+
+
+def partition_boundary(values: np.ndarray, partition: np.ndarray, cap: int, bound: float) -> np.ndarray:
+    """Return the (b,) positions of the uids whose place above or below their partition's cap could change within
+    +-`bound` of their value: what `boundary` is to a whole list. Partitions of at most `cap` uids have none."""
+    order, places = _places_from_top(values, partition)
+    above, below = order[places == cap - 1], order[places == cap]  # the last one kept, the first one not
+    edges = dict(zip(partition[above].tolist(), values[above].tolist(), strict=True))
+    cut = np.full(int(partition.max(initial=-1)) + 1, np.nan)
+    for number in partition[below].tolist():
+        cut[number] = edges[number]
+    return np.nonzero(np.abs(values - cut[partition]) <= 2 * bound)[0]
+
+
+def parse_cap(cap: str, size: int, num_partitions: int) -> int:
+    """Turn a cap into uids per partition: an integer is a count, a number with a point times an even share.
+
+    Args:
+        cap: For example "500" or "2.0": twice what every partition would have if all had as many.
+        size: Uids kept in all.
+        num_partitions: Partitions, >= 1.
+
+    Raises:
+        ConfigError: If it is no number, below one uid, or too little for `size` uids in all partitions together.
+    """
+    try:
+        per_partition = math.ceil(float(cap) * size / num_partitions) if "." in cap else int(cap)
+    except ValueError:
+        raise ConfigError(
+            f"--cap {cap!r} is neither an integer (uids) nor a number with a point (even shares)"
+        ) from None
+    if per_partition < (1 if size else 0) or per_partition * num_partitions < size:
+        raise ConfigError(
+            f"--cap {cap} is {per_partition} of each of {num_partitions} partitions: too little for {size} uids",
+            hint="an even share is 1.0; partitions differ in size, so 1.5 or more leaves something to choose",
+        )
+    return per_partition
 
 
 def keep_random(num_uids: int, size: int, rng: np.random.Generator) -> np.ndarray:

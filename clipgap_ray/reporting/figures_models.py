@@ -21,6 +21,7 @@ KIND_LABEL = {
     "random": "random",
     "far": "far-pruned (least alike removed)",
     "core": "core set",
+    "capped": "core set, capped per partition",
     "full": "full pool",
 }
 
@@ -32,7 +33,7 @@ def pruning_curves(curves: list[Record], theme: Theme) -> Figure:
     for axis, test in zip(axes, tests, strict=True):
         rows = [r for r in curves if r["test"] == test]
         full = [r for r in rows if r["kind"] == "full"][:1]
-        for kind in ("near", "random", "far", "core"):
+        for kind in ("near", "random", "far", "core", "capped"):
             targets = names_in_order([r for r in rows if r["kind"] == kind], "target")
             for number, target in enumerate(targets):
                 points = [r for r in rows if r["kind"] == kind and r["target"] == target]

@@ -22,22 +22,27 @@ POOL, CUT, REFERENCE = "pool", "after the cut", "reference"
 
 
 def duplicates(study: Study) -> list[Record]:
-    """Return the share of test images with an image at least so similar: in the pool, in its cut, in the reference.
+    """Return the share of test images with a duplicate: in the pool, in its cut, in the reference.
 
     Returns:
-        Records `test, where, split, similarity, num_images, rate, low, high` (Wilson over test images).
+        Records `test, where, split, by, similarity, num_images, rate, low, high` (Wilson over test images). `by` is
+        sha256 (equal bytes; `similarity` is None) or similarity (an image at least so similar).
     """
     found = {(record["split"], record["test"]): record for record in study.diagnostics()}
     records = []
     for test in study.tests:
         for where, split in ((POOL, "pool"), (CUT, study.gap_matched(test)), (REFERENCE, "reference")):
             own = found.get((split, test), {})
-            for similarity, rate in own.get("duplicate_rate", {}).items():
+            rates: dict[float | None, float] = {float(at): rate for at, rate in own.get("duplicate_rate", {}).items()}
+            if own.get("same_bytes_rate") is not None:
+                rates[None] = own["same_bytes_rate"]
+            for similarity, rate in rates.items():
                 count = int(own["num_images"])
                 low, high = intervals.wilson(np.array(round(rate * count)), np.array(count))
                 records.append(
-                    {"test": test, "where": where, "split": split, "similarity": float(similarity),
-                     "num_images": count, "rate": float(rate), "low": float(low), "high": float(high)}
+                    {"test": test, "where": where, "split": split, "by": "sha256" if similarity is None else
+                     "similarity", "similarity": similarity, "num_images": count, "rate": float(rate),
+                     "low": float(low), "high": float(high)}
                 )  # fmt: skip
     return records
 

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clipgap_ray.reporting import density, fewshot, found, joined, planted, robust, similarity, tables, variants
+from clipgap_ray.reporting import (
+    density,
+    fewshot,
+    found,
+    hypotheses,
+    joined,
+    planted,
+    robust,
+    similarity,
+    tables,
+    variants,
+)  # fmt: skip
 from clipgap_ray.reporting.robust import RobustnessPanel
 from clipgap_ray.reporting.study import Study
 from clipgap_ray.reporting.tables import Record
@@ -30,6 +41,7 @@ class Numbers:
     variants: list[Record]
     exposure: list[Record]
     joins: list[Record]
+    hypotheses: list[Record]
     fewshot: list[Record]
     training: list[Record]
     planted: list[Record]
@@ -69,6 +81,7 @@ class Numbers:
             "group_drop_and_similarity_per_class": [
                 {"test": r["test"], "arm": r["arm"], **row} for r in self.joins for row in r["classes"]
             ],
+            "hypotheses": self.hypotheses,
             "fewshot_curves": self.fewshot,
             "training_curves": self.training,
             "planted_truth": self.planted,
@@ -90,6 +103,7 @@ def compute(study: Study, bin_width: float, draws: int, seed: int) -> Numbers:
     """
     accuracy = tables.accuracy(study)
     per_image, per_class = similarity.removed(study)
+    drops = joined.joins(study, draws, seed)
     return Numbers(
         accuracy=accuracy,
         closeness=similarity.closeness(study),
@@ -106,7 +120,8 @@ def compute(study: Study, bin_width: float, draws: int, seed: int) -> Numbers:
         groups=tables.group_shift(study, draws, seed),
         variants=variants.of_study(study, draws, seed),
         exposure=similarity.exposure(study),
-        joins=joined.joins(study, draws, seed),
+        joins=drops,
+        hypotheses=hypotheses.table(drops, found.joins(study), found.selections(study)),
         fewshot=fewshot.curves(study),
         training=tables.training_curves(study),
         planted=planted.planted(study),

@@ -43,6 +43,9 @@ def build(study: Study, numbers: Numbers, pictures: galleries.Thumbnails, galler
     if numbers.variants:
         sections.insert(11, sections_groups.asked(numbers))
     sections[-1:-1] = sections_found.build(study, numbers)
+    if numbers.hypotheses:
+        after = next(i for i, section in enumerate(sections) if section.anchor == "drop-similarity")
+        sections.insert(after + 1, sections_groups.hypotheses(numbers))
     if numbers.fewshot:
         sections.insert(5, _fewshot(study, numbers))
     return sections

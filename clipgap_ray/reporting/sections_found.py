@@ -32,15 +32,19 @@ def _duplicates(numbers: Numbers) -> Section:
     section = Section("duplicates", "Duplicates", _on_duplicates(numbers))
     rates = {(r["test"], r["similarity"], r["where"]): r for r in numbers.duplicates}
     if rates:
-        levels = sorted({r["similarity"] for r in numbers.duplicates})
+        levels = sorted({r["similarity"] for r in numbers.duplicates}, key=lambda at: 2.0 if at is None else at)
         places = [w for w in (found.POOL, found.CUT, found.REFERENCE) if any(key[2] == w for key in rates)]
         rows: list[list[Any]] = []
         for test in dict.fromkeys(r["test"] for r in numbers.duplicates):
             own = [rates.get((test, level, place)) for level in levels for place in places]
             count = next(r["num_images"] for r in own if r is not None)
             rows.append([test, f"{count:,}", *("–" if r is None else _rate(r) for r in own)])
-        headers = ["test set", "n", *(f"≥ {level:g}: {place}" for level in levels for place in places)]
-        caption = "Test images with an image at least so similar (Wilson's 95 %), in the pool before and after the cut."
+        words = {level: "equal bytes" if level is None else f"≥ {level:g}" for level in levels}
+        headers = ["test set", "n", *(f"{words[level]}: {place}" for level in levels for place in places)]
+        caption = (
+            "Test images with an image at least so similar, or of equal bytes (sha256), in the pool before and after "
+            "the cut; Wilson's 95 %."
+        )
         section.tables.append(Table(headers, rows, caption))
     if numbers.removed_duplicates:
         rows = [
@@ -63,10 +67,11 @@ def _rate(record: Record) -> Any:
 
 def _on_duplicates(numbers: Numbers) -> str:
     parts = []
-    if numbers.duplicates:
-        highest = max(r["similarity"] for r in numbers.duplicates)
+    alike = [r for r in numbers.duplicates if r["by"] == "similarity"]
+    if alike:
+        highest = max(r["similarity"] for r in alike)
         most = max(
-            (r for r in numbers.duplicates if r["similarity"] == highest and r["where"] == found.POOL),
+            (r for r in alike if r["similarity"] == highest and r["where"] == found.POOL),
             key=lambda r: r["rate"],
         )
         text = (
@@ -74,10 +79,15 @@ def _on_duplicates(numbers: Numbers) -> str:
             f"most, have a pool image of similarity {highest:g} or more"
         )
         after = next(
-            (r for r in numbers.duplicates if r["where"] == found.CUT and r["test"] == most["test"]
+            (r for r in alike if r["where"] == found.CUT and r["test"] == most["test"]
              and r["similarity"] == highest), None,
         )  # fmt: skip
         parts.append(text + (f", {say.percent(after['rate'])} after gap matching." if after else "."))
+    equal = [r for r in numbers.duplicates if r["by"] == "sha256" and r["where"] == found.POOL]
+    if equal:
+        images = sum(round(r["rate"] * r["num_images"]) for r in equal)
+        count = sum(r["num_images"] for r in equal)
+        parts.append(f"Byte for byte {images:,} of all {count:,} test images lie in the pool.")
     if numbers.removed_duplicates:
         first = numbers.removed_duplicates[0]
         parts.append(

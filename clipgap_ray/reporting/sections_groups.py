@@ -127,6 +127,44 @@ def _warnings(results: list[Record]) -> list[str]:
     return lines
 
 
+def hypotheses(numbers: Numbers) -> Section:
+    """What does the drop come from? Every hypothesis beside its numbers (counteranimal.md 7.4)"""
+    records = numbers.hypotheses
+    section = Section("hypotheses", "What does the drop come from?", _on_hypotheses(records))
+    tests = list(dict.fromkeys(r["test"] for r in records))
+    for test in tests:
+        own = [r for r in records if r["test"] == test]
+        rows: list[list[Any]] = []
+        for before, r in zip([None, *own], own, strict=False):
+            first = before is None or before["hypothesis"] != r["hypothesis"]
+            style = ".1f" if r["unit"] == "points" else ".3f"
+            measured = r["value"] is not None
+            value = f"{say.signed(r['value'], style)} {r['unit']}" if measured else "–"
+            rows.append(
+                [(r["hypothesis"], r["meaning"], False) if first else "", (r["prediction"], r["quantity"], False),
+                 (value, say.span(r["low"], r["high"], style), False) if measured else "–", r["outcome"],
+                 r["verdict"] if first else ""]
+            )  # fmt: skip
+        headers = ["hypothesis", "prediction", "measured (95 %)", "outcome", "verdict"]
+        section.tables.append(Table(headers, rows, f"{own[0]['arm']} on {test}"))
+    section.notes = [
+        "A prediction holds when its interval leaves no other reading, fails when it leaves only the opposite, and is "
+        "open otherwise; a part of the drop counts as nothing when its interval contains 0 and not the whole drop. "
+        "Supported: all hold. In part: some hold, some fail. The hypotheses do not exclude each other."
+    ]
+    return section
+
+
+def _on_hypotheses(records: list[Record]) -> str:
+    """Name the hypotheses by verdict, for the first test set."""
+    verdicts: dict[str, list[str]] = {}
+    for r in records:
+        if r["test"] == records[0]["test"]:
+            names = verdicts.setdefault(r["verdict"].split(":")[0], [])
+            names += [] if r["hypothesis"] in names else [r["hypothesis"]]
+    return f"{records[0]['arm']}: " + "; ".join(f"{', '.join(n)}: {verdict}" for verdict, n in verdicts.items()) + "."
+
+
 def _joined_row(result: Record) -> list[Any]:
     parts, matched, exposure = result["decomposition"], result["matched"], result["exposure"]
 

@@ -200,20 +200,28 @@ class Study:
     @functools.cache  # noqa: B019
     def predictions(self, run: str, test: str) -> Predictions | None:
         """Read a model's per-image predictions."""
-        table = self._table("eval", run, f"{test}.parquet")
+        table = self._table(self._evaluated(run, test), run, f"{test}.parquet")
         if table is None or not table.num_rows:
             return None
         return predictions_of(table)
 
+    def _evaluated(self, run: str, name: str) -> str:
+        """Folder of a result: `asked` has the further ways of asking that the study's file asks for."""
+        return "asked" if name not in self.tests and name not in self._results("eval", run) else "eval"
+
+    @functools.cache  # noqa: B019
+    def _results(self, folder: str, run: str) -> tuple[str, ...]:
+        names = store.list_names(self.path(folder, run))
+        return tuple(name.removesuffix(".parquet") for name in names if name.endswith(".parquet"))
+
     def result(self, run: str, name: str) -> dict[str, Any] | None:
         """Read what `evaluate` says of a result: prompts, candidates, counts."""
-        return self._json("eval", run, f"{name}.json")
+        return self._json(self._evaluated(run, name), run, f"{name}.json")
 
     @functools.cache  # noqa: B019
     def ways(self, run: str, test: str) -> tuple[str, ...]:
         """Name the results of a run that are `<test>-<way>`: the same test set, asked in other ways."""
-        names = [name.removesuffix(".parquet") for name in store.list_names(self.path("eval", run))
-                 if name.endswith(".parquet")]  # fmt: skip
+        names = dict.fromkeys([*self._results("eval", run), *self._results("asked", run)])
         # A test set may be named like a way of another one ("in", "in-a"): the longest name owns a result.
         return tuple(
             name
@@ -254,7 +262,8 @@ class Study:
         for name, recipe in self.recipes().items():
             records.append({"artefact": f"splits/{name}", "digest": store.digest(recipe)})
         for run in self.runs:
-            results = [("eval", name) for test in self.tests for name in (test, *self.ways(run.name, test))]
+            names = [name for test in self.tests for name in (test, *self.ways(run.name, test))]
+            results = [(self._evaluated(run.name, name), name) for name in names]
             results += [(folder, f"{test}.fewshot") for folder in ("probes", "linear") for test in self.tests]
             for folder, name in results:
                 path = self.path(folder, run.name, f"{name}.parquet")

@@ -163,7 +163,8 @@ PRUNING_KINDS = ("near", "random", "far", "core")
 
 
 def pruning_curves(study: Study, records: list[Record]) -> list[Record]:
-    """Return accuracy over the rows kept for near, far, random and core splits, with the uncut pool as last point."""
+    """Return accuracy over the rows kept for near, far, random and core splits, with the uncut pool as last point; core
+    sets with a cap per partition are a kind of their own, "capped"."""
     recipes = study.recipes()
     full = recipes.get(study.base_split, {}).get("counts", {}).get("kept")
     curves = []
@@ -174,7 +175,8 @@ def pruning_curves(study: Study, records: list[Record]) -> list[Record]:
         kind = recipe.get("kind")
         if kind in PRUNING_KINDS:
             target = "" if kind == "random" else "+".join(recipe.get("tests", []))
-            curves.append({**record, "kind": kind, "target": target, "rows": record["pool_rows_kept"]})
+            shown = "capped" if recipe.get("cap") else kind
+            curves.append({**record, "kind": shown, "target": target, "rows": record["pool_rows_kept"]})
         elif record["split"] == study.base_split and full:
             curves.append({**record, "kind": "full", "target": "", "rows": full})
     return curves

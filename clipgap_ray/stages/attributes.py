@@ -29,6 +29,7 @@ from clipgap_ray.kernels import attributes
 from clipgap_ray.reporting.page import csv_bytes
 from clipgap_ray.stages.session import Progress, each_part
 
+SHIPPED = ("backgrounds", "backgrounds-miniature")
 FOLDER = re.compile(r"(?:common|counter)-(.+)\Z")
 
 
@@ -41,7 +42,7 @@ def run(settings: AttributesSettings) -> rundir.Summary:
         DataError: If a file of labels lacks columns.
     """
     embeddings = EmbeddingSet.open(settings.embeddings)
-    prompts = _prompts(settings.prompts)
+    prompts = read_prompts(settings.prompts)
     corrections = read_labels(settings.corrections) if settings.corrections else {}
     unknown = sorted(set(corrections.values()) - set(prompts))
     if unknown:
@@ -67,10 +68,14 @@ def run(settings: AttributesSettings) -> rundir.Summary:
         return directory.finish(inputs, counts=result["counts"], agreement=_brief(result["agreement"]))
 
 
-def _prompts(name: str) -> dict[str, list[str]]:
-    """Read attribute: prompts."""
-    if name == "backgrounds":
-        with resources.as_file(resources.files("clipgap_ray") / "models" / "backgrounds.yaml") as path:
+def read_prompts(name: str) -> dict[str, list[str]]:
+    """Read attribute: prompts, from a file or one of `SHIPPED`.
+
+    Raises:
+        ConfigError: If there is no such file, or it does not map two attributes or more to prompts.
+    """
+    if name in SHIPPED:
+        with resources.as_file(resources.files("clipgap_ray") / "models" / f"{name}.yaml") as path:
             values = read_yaml(str(path))
     else:
         values = read_yaml(name)

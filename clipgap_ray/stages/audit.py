@@ -19,7 +19,7 @@ from clipgap_ray.config.audit import AuditSettings, parse_rule
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import BudgetError, ClipgapError, ConfigError, DataError
 from clipgap_ray.hidden import Hidden, read_hidden
-from clipgap_ray.kernels.nearest import nearest
+from clipgap_ray.kernels.nearest_exact import nearest
 from clipgap_ray.reporting import contamination, figures, galleries, page
 from clipgap_ray.reporting.similarity import histogram_records
 from clipgap_ray.reporting.study import positions

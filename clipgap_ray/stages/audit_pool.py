@@ -18,7 +18,7 @@ from clipgap_ray.embeddings import EmbeddingSet, check_same_encoder, identity
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.kernels import phash
 from clipgap_ray.kernels.concepts import words
-from clipgap_ray.kernels.nearest import nearest
+from clipgap_ray.kernels.nearest_exact import nearest
 from clipgap_ray.reporting.study import positions
 
 COLUMNS = ["uid", "row_id", "sha256", "image_path", "class_name", "caption", "phash", "phash_flipped"]

@@ -1,7 +1,8 @@
-"""Core sets for several test sets at once, beside the largest similarity: by rank and by z-score, decided exactly.
+"""Core sets for several test sets at once, beside the largest similarity: by rank, by z-score, capped; decided exactly.
 
-The paper merges six test sets into one core set, but its rule is not released (train_test_similarity.md 2.7); these are
-two that do not let one test set with high similarities take every place.
+The paper merges six test sets into one core set, but its rule is not released (train_test_similarity.md 2.7). Rank and
+z-score do not let one test set with high similarities take every place; a cap per partition does not let one region of
+the pool take them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from clipgap_ray.config.split import Core
+from clipgap_ray.errors import ConfigError
 from clipgap_ray.kernels import splits
+from clipgap_ray.stages import pool_partitions
 
 if TYPE_CHECKING:
     from clipgap_ray.stages.split import Table
@@ -65,3 +69,32 @@ def _tops(table: Table, lists: dict[str, np.ndarray], depth: int) -> np.ndarray:
         values[band] = table.exact(band, (test,), margin=False)
         kept |= splits.keep_most(values, depth)
     return kept
+
+
+def by_similarity_capped(settings: Core, table: Table, size: int) -> np.ndarray:
+    """Keep the `size` uids with the largest m of which at most `cap` lie in one partition; returns (u,) bool.
+
+    That is: the `cap` largest of every partition, and of those the `size` largest, both decided on exact values.
+    """
+    folder = settings.out.rpartition("/")[0]
+    partition, number = pool_partitions.of_uids(table, folder, settings.partitions, settings.partition_seed)
+    cap = splits.parse_cap(settings.cap, size, number)
+    values = np.max([table.column(test, "m") for test in settings.test], axis=0)
+    band = splits.partition_boundary(values, partition, cap, table.bound)
+    values[band] = table.exact(band, settings.test, margin=False)
+    most = np.nonzero(splits.most_per_partition(values, partition, cap))[0]
+    if len(most) < size:
+        raise ConfigError(
+            f"core --cap {settings.cap}: {cap} of each of {number} partitions are {len(most)} uids, fewer than {size}",
+            hint="a larger --cap, or fewer --partitions: small partitions leave places free",
+        )
+    band = most[splits.boundary(values[most], len(most) - size, table.bound)]
+    values[band] = table.exact(band, settings.test, margin=False)
+    keep = np.zeros(table.num_uids, bool)
+    keep[most] = splits.keep_most(values[most], size)
+    if size:
+        table.cut_similarity = float(values[keep].min())
+    counts = np.bincount(partition[keep], minlength=number)
+    table.notes["capped"] = {"rows_per_partition": cap, "partitions": number, "at_the_cap": int((counts == cap).sum()),
+                             "empty": int((counts == 0).sum())}  # fmt: skip
+    return keep

@@ -13,7 +13,7 @@ import ray
 from clipgap_ray import schema
 from clipgap_ray.embeddings import EmbeddingSet, Part
 from clipgap_ray.errors import ConfigError
-from clipgap_ray.kernels import nearest
+from clipgap_ray.kernels import nearest_exact
 from clipgap_ray.stages.session import Progress, bounded, connect
 from clipgap_ray.stages.thresholds import nearest_in
 
@@ -103,7 +103,7 @@ def _edges_of_group(shared: Any, group: list[Part]) -> tuple[np.ndarray, np.ndar
     pool, queries, floor, hint = shared
     edges, total = [], 0
     for part in group:
-        row, query, similarity = nearest.above(np.asarray(pool.images(part.number)), queries, floor)
+        row, query, similarity = nearest_exact.above(np.asarray(pool.images(part.number)), queries, floor)
         edges.append((schema.row_ids(part.number, part.num_rows)[row], query, similarity))
         total = _within_limit(total + len(row), hint)
     row_ids, query, similarity = (np.concatenate(columns) for columns in zip(*edges, strict=True))

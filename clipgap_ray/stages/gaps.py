@@ -6,8 +6,8 @@ is checked here from the embeddings, not from the scores that made the cut.
 
 Writes: OUT/<split>/<test>.parquet (schema.GAPS) and OUT/diagnostics.json, one record per split (and `pool`: every
 scored row) and test set, beside the reference's own: share of test images closer to the pool than to the reference,
-duplicate rates, median k-th neighbour, rows within delta of the hull. Unit of restart: the whole pass; it is seconds
-per ten million rows and cut.
+duplicate rates by similarity and by equal bytes (sha256), median k-th neighbour, rows within delta of the hull. Unit of
+restart: the whole pass; it is seconds per ten million rows and cut.
 """
 
 from __future__ import annotations
@@ -52,13 +52,15 @@ def run(settings: GapsSettings) -> rundir.Summary:
                 [test.all_metadata(["row_id"]).column("row_id").to_numpy() for test in tests.values()],
                 [read_tau(settings.scores, name) for name in tests],
             )
-            left = _pass(pool, keeps, queries, settings)
+            digests = np.concatenate([_digests(test) for test in tests.values()])
+            left, same = _pass(pool, keeps, queries, digests, settings)
             records = []
             for segment, (name, test) in enumerate(tests.items()):
                 at = slice(int(queries.offsets[segment]), int(queries.offsets[segment + 1]))
                 _write(directory.uri, list(names), name, test, left, queries.tau, at)
-                records += _diagnose([BEFORE, *names], name, left, queries.tau, at, settings)
-                records += _diagnose_reference(name, scores["tests"][name], queries.rows[at], settings)
+                known = None if same is None or (digests[at] == b"").any() else same[:, at]
+                records += _diagnose([BEFORE, *names], name, left, known, queries.tau, at, settings)
+                records += _diagnose_reference(name, scores["tests"][name], queries.rows[at], digests[at], settings)
             store.write_json(directory.path("diagnostics.json"), records)
             directory.log.append([{"part": 0, "read": pool.num_rows, "kept": pool.num_rows}])
         return directory.finish({"splits": names, "scores": settings.scores})
@@ -70,33 +72,53 @@ def _scored_rows(scores: dict[str, Any], pool: EmbeddingSet) -> dict[int, np.nda
     return {part.number: np.ones(part.num_rows, bool) for part in pool.parts}
 
 
+def _digests(rows: EmbeddingSet) -> np.ndarray:
+    """(n,) S64 sha256 of every image; b"" where embeddings came without images."""
+    return np.concatenate([_part_digests(rows, part) for part in rows.parts])
+
+
+def _part_digests(rows: EmbeddingSet, part: Part) -> np.ndarray:
+    digests = rows.metadata(part.number, ["sha256"]).column("sha256").to_pylist()
+    return np.array([digest or "" for digest in digests], "S64")
+
+
 def _pass(
-    pool: EmbeddingSet, keeps: list[dict[int, np.ndarray]], queries: nearest.Queries, settings: GapsSettings
-) -> kept.Kept:
+    pool: EmbeddingSet,
+    keeps: list[dict[int, np.ndarray]],
+    queries: nearest.Queries,
+    digests: np.ndarray,
+    settings: GapsSettings,
+) -> tuple[kept.Kept, np.ndarray | None]:
+    """What every cut leaves, and (C, Q) bool which test images lie in it byte for byte; None if that is not known."""
     connect()
-    shared = ray.put((pool, queries, settings))
+    shared = ray.put((pool, queries, digests, settings))
     task = ray.remote(num_cpus=1)(_group)
     groups = list(pool.groups(GROUP_BYTES))
     progress = Progress("gaps", len(groups), "groups of parts")
     left: kept.Kept | None = None
+    same, unknown = np.zeros((len(keeps), len(digests)), bool), 0
 
     def submit(group: list[Part]) -> Any:
         masks = np.stack([np.concatenate([keep[part.number] for part in group]) for keep in keeps])
         return task.remote(shared, group, masks)
 
-    for found in bounded(submit, groups):
+    for found, here, without in bounded(submit, groups):
         left = found if left is None else kept.merge([left, found])
+        same |= here
+        unknown += without
         progress.advance()
     progress.close()
     assert left is not None  # an EmbeddingSet has at least one part
-    return left
+    return left, None if unknown else same
 
 
-def _group(shared: Any, group: list[Part], masks: np.ndarray) -> kept.Kept:
-    pool, queries, settings = shared
+def _group(shared: Any, group: list[Part], masks: np.ndarray) -> tuple[kept.Kept, np.ndarray, int]:
+    pool, queries, wanted, settings = shared
     rows = np.concatenate([np.asarray(pool.images(part.number)) for part in group])
     row_ids = np.concatenate([schema.row_ids(part.number, part.num_rows) for part in group])
-    return kept.around(rows, row_ids, masks, queries, settings.neighbours, settings.deltas)
+    digests = np.concatenate([_part_digests(pool, part) for part in group])
+    left = kept.around(rows, row_ids, masks, queries, settings.neighbours, settings.deltas)
+    return left, kept.same_bytes(digests, masks, wanted), int((digests == b"").sum())
 
 
 def _write(
@@ -122,9 +144,15 @@ def _write(
 
 
 def _diagnose(
-    names: list[str], test: str, left: kept.Kept, tau: np.ndarray, at: slice, settings: GapsSettings
+    names: list[str],
+    test: str,
+    left: kept.Kept,
+    same: np.ndarray | None,
+    tau: np.ndarray,
+    at: slice,
+    settings: GapsSettings,
 ) -> list[dict[str, Any]]:
-    """One record per cut: before (`pool`) and after."""
+    """One record per cut: before (`pool`) and after; `same` is (C, q) bool for this test set."""
     records = []
     known = not np.isnan(tau[at]).any()
     for cut, name in enumerate(names):
@@ -136,6 +164,7 @@ def _diagnose(
                 "test": test,
                 "num_images": len(best),
                 **_closeness(best, left.similarities[cut, at], settings),
+                "same_bytes_rate": None if same is None else float(same[cut].mean()),
                 "share_closer_than_reference": float((best > tau[at]).mean()) if known else None,
                 "median_gap": _median(np.fmax(tau[at], best)),
                 "mean_rows_within": {
@@ -147,14 +176,18 @@ def _diagnose(
 
 
 def _diagnose_reference(
-    test: str, described: dict[str, Any], rows: np.ndarray, settings: GapsSettings
+    test: str, described: dict[str, Any], rows: np.ndarray, digests: np.ndarray, settings: GapsSettings
 ) -> list[dict[str, Any]]:
     """The reference's own curves, where its embeddings were given: what density matching aims at."""
     if not described.get("reference"):
         return []
-    similarities, _ = nearest_in(EmbeddingSet.open(described["reference"]), rows, settings.neighbours)
+    reference = EmbeddingSet.open(described["reference"])
+    similarities, _ = nearest_in(reference, rows, settings.neighbours)
     closeness = _closeness(similarities[:, 0], similarities, settings)
-    return [{"split": "reference", "test": test, "num_images": len(rows), **closeness}]
+    own = _digests(reference)
+    known = not (own == b"").any() and not (digests == b"").any()
+    same = float(np.isin(digests, own).mean()) if known else None
+    return [{"split": "reference", "test": test, "num_images": len(rows), **closeness, "same_bytes_rate": same}]
 
 
 def _closeness(best: np.ndarray, similarities: np.ndarray, settings: GapsSettings) -> dict[str, Any]:

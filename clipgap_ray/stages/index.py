@@ -28,7 +28,7 @@ from clipgap_ray.embeddings import EmbeddingSet, Part, identity, part_file
 from clipgap_ray.errors import ClipgapError, ConfigError, DataError, ShardLostError, StaleOutputError
 from clipgap_ray.index import shard_uri
 from clipgap_ray.kernels import faiss_index
-from clipgap_ray.kernels.nearest import nearest
+from clipgap_ray.kernels.nearest_exact import nearest
 from clipgap_ray.kernels.topk import merge_topk
 from clipgap_ray.stages.session import Progress, bounded, connect, logger
 from clipgap_ray.stages.sharded import ACTOR_CPUS, ShardActor, ShardedIndex, Source, read_empty, write_empty

@@ -221,6 +221,8 @@ def _ranked(settings: Near | Far | Core, table: Table) -> np.ndarray:
     if isinstance(settings, Core) and settings.policy != "max":
         policy = core_set.by_rank if settings.policy == "rank" else core_set.by_zscore
         return policy(table, settings.test, size)
+    if isinstance(settings, Core) and settings.cap:
+        return core_set.by_similarity_capped(settings, table, size)
     values = np.max([table.column(test, "m") for test in settings.test], axis=0)
     least = size if isinstance(settings, Near) else table.num_uids - size
     band = splits.boundary(values, least, table.bound)

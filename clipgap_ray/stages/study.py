@@ -5,7 +5,8 @@
     STUDY/embed      pool, reference, test sets    STUDY/eval     one directory per model
     STUDY/dedup      keep table                    STUDY/index    sharded FAISS index of the pool
     STUDY/scores     score tables                  STUDY/report   index.html
-    STUDY/probes     one directory per CLIP, if few-shot probes are asked for
+
+What the file asks for under `analyses` (and few-shot probes) comes after the evaluations: `study_analyses`.
 
 Running again skips what is done. The metric encoder is the first run's model (in the paper, too, the similarity
 model was trained on the pool), unless the study names another.
@@ -14,10 +15,9 @@ model was trained on the pool), unless the study names another.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
-from clipgap_ray import __version__, rundir, store, testsets, world
+from clipgap_ray import __version__, rundir, store
 from clipgap_ray.config.base import read_yaml
 from clipgap_ray.config.dedup import DedupSettings
 from clipgap_ray.config.embed import EmbedSettings
@@ -27,20 +27,21 @@ from clipgap_ray.config.score import ScoreSettings
 from clipgap_ray.config.split import Full, GapsSettings
 from clipgap_ray.config.study import DemoSettings, RunSection, RunSettings, StudyFile
 from clipgap_ray.config.train import EvaluateSettings, TrainSettings
-from clipgap_ray.config.world import WorldSettings
-from clipgap_ray.stages import dedup, embed, evaluate, findings, gaps, index, report, score, split, train
-from clipgap_ray.stages import world as world_stage
+from clipgap_ray.stages import (
+    dedup,
+    embed,
+    evaluate,
+    findings,
+    gaps,
+    index,
+    report,
+    score,
+    split,
+    study_analyses,
+    train,
+)
 from clipgap_ray.stages.session import logger
-
-
-@dataclass(frozen=True)
-class Data:
-    """Where the study's data lies."""
-
-    pool: str
-    reference: str
-    tests: dict[str, str]
-    crop: dict[str, int] = field(default_factory=dict)  # border by test set, for embedding and evaluation alike
+from clipgap_ray.stages.study_data import Data, prepare
 
 
 def run(settings: RunSettings) -> rundir.Summary:
@@ -48,18 +49,19 @@ def run(settings: RunSettings) -> rundir.Summary:
 
     Raises:
         ConfigError: On any impossible setting of any stage, before the first one starts.
-        DataError: If a finding that the study asserts does not hold.
+        DataError: If a finding that the study asserts does not hold, or an analysis could not be made.
     """
     file = StudyFile.load(read_yaml(settings.study), settings.study)
     out = settings.out or f"out/{file.name}"
     started = time.monotonic()
-    data = _data(file, out)
+    data = prepare(file, out)
+    study_analyses.check(file, out, data)
     metric = _metric(file, out, data, settings.device)
     _embed_all(out, data, metric, settings.device)
     splits = _score_and_split(file, out, data)
     _train_all(file, out, data, settings.device)
     _evaluate_all(file, out, data, settings.device)
-    _probe_all(file, out, data, settings.device)
+    refused = study_analyses.run(study_analyses.steps(file, out, data, metric, settings.device))
     store.write_json(f"{out}/study.json", _description(file, data, metric))
     found = findings.run(out, file.assert_effects)
     _step("report")
@@ -67,6 +69,7 @@ def run(settings: RunSettings) -> rundir.Summary:
     _step("index")
     index.run(IndexSettings(embeddings=f"{out}/embed/pool", out=f"{out}/index", shards=file.index_shards))
     findings.check(out, found)
+    study_analyses.raise_refused(out, refused)
     summary = rundir.Summary("run", seconds=time.monotonic() - started)
     summary.extra = {"report": page.extra.get("page", f"{out}/report/index.html"), "splits": splits, "findings": found}
     logger.info("study %s is complete: open %s", file.name, summary.extra["report"])
@@ -81,26 +84,6 @@ def demo(settings: DemoSettings) -> rundir.Summary:
 
 def _step(name: str) -> None:
     logger.info("-- %s", name)
-
-
-def _data(file: StudyFile, out: str) -> Data:
-    if file.data is not None:
-        return Data(file.data.pool, file.data.reference, dict(file.data.tests), dict(file.data.crop))
-    assert file.world is not None  # StudyFile checks that one of the two is there
-    _step("world")
-    values = file.world.model_dump()
-    world_stage.run(WorldSettings(out=f"{out}/world", **values))
-    spec = world.preset(
-        values["preset"],
-        rows=values["rows"],
-        seed=values["seed"],
-        correlation=values["correlation"],
-        kind=values["kind"],
-    )
-    tests = {name: f"{out}/world/tests/{name}" for name in world.evaluation_sets(spec)}
-    if store.exists(f"{out}/world/counteranimal"):
-        tests["counteranimal"] = f"{out}/world/counteranimal"
-    return Data(f"{out}/world/pool", f"{out}/world/reference", tests)
 
 
 def _train_settings(file: StudyFile, run: RunSection, seed: int, out: str, data: Data, device: str) -> TrainSettings:
@@ -134,7 +117,7 @@ def _metric(file: StudyFile, out: str, data: Data, device: str) -> tuple[str, st
 
 
 def _embed_all(out: str, data: Data, metric: tuple[str, str], device: str) -> None:
-    for name, source in {"pool": data.pool, "reference": data.reference, **data.tests}.items():
+    for name, source in data.sources().items():
         _step(f"embed {name}")
         embed.run(
             EmbedSettings(
@@ -193,32 +176,6 @@ def _evaluate_all(file: StudyFile, out: str, data: Data, device: str) -> None:
                     test=tests,
                     out=f"{out}/eval/{name}",
                     crop=tuple(f"{test}={pixels}" for test, pixels in data.crop.items()),
-                    device=device,  # type: ignore[arg-type]
-                )
-            )
-
-
-def _probe_all(file: StudyFile, out: str, data: Data, device: str) -> None:
-    """Few-shot probes on frozen features, the shots drawn from the reference by the run's seed."""
-    if not file.probe_shots:
-        return
-    classes = testsets.open_test_set(data.reference).class_names
-    tests = {name: uri for name, uri in data.tests.items() if testsets.open_test_set(uri).class_names == classes}
-    for seed in file.seeds:
-        for run in (run for run in file.runs if run.objective == "clip"):
-            name = f"{run.name}-s{seed}"
-            _step(f"probe {name}")
-            evaluate.run(
-                EvaluateSettings(
-                    model=file.train.model,
-                    pretrained=f"{out}/runs/{name}",
-                    task="linear-probe",
-                    shots=file.probe_shots,
-                    seed=seed,
-                    test=tuple(f"{test}={uri}" for test, uri in tests.items()),
-                    train=tuple(f"{test}={data.reference}" for test in tests),
-                    out=f"{out}/probes/{name}",
-                    crop=tuple(f"{test}={pixels}" for test, pixels in data.crop.items() if test in tests),
                     device=device,  # type: ignore[arg-type]
                 )
             )

@@ -17,7 +17,7 @@ from clipgap_ray import schema, store
 from clipgap_ray.config.score import ScoreSettings
 from clipgap_ray.embeddings import EmbeddingSet, Part, check_same_encoder, identity
 from clipgap_ray.errors import ConfigError, DataError
-from clipgap_ray.kernels import nearest
+from clipgap_ray.kernels import nearest, nearest_exact
 from clipgap_ray.stages.session import Progress, bounded, connect
 
 REFERENCE_BYTES = 1 << 27
@@ -127,7 +127,7 @@ def nearest_in(reference: EmbeddingSet, queries: np.ndarray, k: int) -> tuple[np
     progress = Progress("reference", len(groups), "groups of parts")
     found = np.full((len(queries), k), -np.inf), np.full((len(queries), k), -1, np.int64)
     for lists in bounded(lambda group: task.remote(shared, group), groups):
-        found = nearest.merge_exact([found, lists], k)
+        found = nearest_exact.merge_exact([found, lists], k)
         progress.advance()
     progress.close()
     return found
@@ -136,7 +136,7 @@ def nearest_in(reference: EmbeddingSet, queries: np.ndarray, k: int) -> tuple[np
 def _nearest_in_group(shared: Any, group: list[Part]) -> tuple[np.ndarray, np.ndarray]:
     reference, queries, k = shared
     blocks = ((np.asarray(reference.images(part.number)), schema.row_ids(part.number, part.num_rows)) for part in group)
-    return nearest.nearest(queries, blocks, k)
+    return nearest_exact.nearest(queries, blocks, k)
 
 
 def thresholds_path(scores: str, test: str) -> str:

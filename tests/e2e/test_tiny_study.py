@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from clipgap_ray import store
 from clipgap_ray.embeddings import EmbeddingSet
@@ -128,3 +129,38 @@ def test_the_index_answers_exactly(study):
     similarities, _ = index.search(rows[:5], 3)
     exact = np.sort(rows[:5].astype(np.float64) @ rows.astype(np.float64).T, axis=1)[:, ::-1][:, :3]
     np.testing.assert_allclose(similarities, exact, atol=1e-5)
+
+
+ANALYSES = {
+    "prompts": ["openai"],
+    "candidates_k": 5,
+    "linear_probe": True,
+    "backgrounds": "backgrounds-miniature",
+    "join": True,
+    "discover": True,
+    "min_photos": 2,
+    "second_encoder": {"run": "gap-sketch-with-reference"},
+}
+
+
+@pytest.mark.timeout(1800)
+def test_analyses_that_are_asked_for_later_are_added_and_then_skipped(study, tmp_path):
+    out, _ = study
+    values = yaml.safe_load((ROOT / "studies" / "tiny.yaml").read_text())
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump({**values, "analyses": ANALYSES}))
+    trained = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.pt")}
+    words = ("run", str(tmp_path / "more.yaml"), "--out", os.path.relpath(out, ROOT))
+    result = _clipgap(*words)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.pt")} == trained
+    page = (out / "report" / "index.html").read_text()
+    for anchor in ("asked", "few-shot", "neighbours-neighbours", "selection", "encoders"):
+        assert f'<section id="{anchor}"' in page, anchor
+    assert "not those of this study" not in page
+    made = ("join/neighbours/join.json", "discover/discover.json", "agreement/agreement.json",
+            "second-embed/pool/img_emb/img_emb_00000.npy", "labels/pool/labels/part-00000.parquet")  # fmt: skip
+    before = {path: path.stat().st_mtime_ns for path in (out / name for name in made)}
+    again = _clipgap(*words)
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert again.stderr.count("is there already") == 3
+    assert {path: path.stat().st_mtime_ns for path in before} == before

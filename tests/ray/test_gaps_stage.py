@@ -92,6 +92,18 @@ def test_diagnostics_say_what_is_left_around_the_test_images(
     assert records["matched", "val"]["share_closer_than_reference"] == 0.0
     assert records["matched", "val"]["mean_rows_within"]["0"] == 0.0
     assert records["nothing", "val"]["median_kth_similarity"] == [None, None, None]
+    wanted = EmbeddingSet.open(tiny_embeddings["val"]).all_metadata(["sha256"]).column("sha256").to_pylist()
+    for cut in ("pool", "matched", "nothing"):
+        masks = None if cut == "pool" else read_split(cuts[["matched", "", "", "nothing"].index(cut)], pool)
+        there = {
+            digest
+            for part in pool.parts
+            for at, digest in enumerate(pool.metadata(part.number, ["sha256"]).column("sha256").to_pylist())
+            if masks is None or masks[part.number][at]
+        }
+        assert records[cut, "val"]["same_bytes_rate"] == np.mean([digest in there for digest in wanted])
+    assert before["same_bytes_rate"] > 0, "the world leaks test images into its pool"
+    assert own["same_bytes_rate"] == 0
     assert set(records) == {(cut, test) for cut in ("pool", "matched", "sketch-only", "near", "nothing", "reference")
                             for test in made.TESTS}  # fmt: skip
 

@@ -19,7 +19,7 @@ TEST = "counteranimal"
 
 def add_extras(built: Built, draws: int = 20) -> None:
     """Add everything that the report shows when it is there; the study must be `build_study`'s."""
-    attributes = _label(built)
+    attributes = label(built)
     _join(built, attributes, draws)
     _discover(built, attributes)
     _agreement(built)
@@ -27,7 +27,7 @@ def add_extras(built: Built, draws: int = 20) -> None:
     _asked_again(built)
 
 
-def _label(built: Built) -> str:
+def label(built: Built) -> str:
     """Backgrounds of the photos as a table, and of the pool as `clipgap attributes` leaves them."""
     photos = built.tests[TEST]
     names = [BACKGROUNDS[at] for at in photos.backgrounds]

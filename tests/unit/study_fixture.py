@@ -280,13 +280,16 @@ def _write_splits(built: Built, per_part: int) -> None:
 def _write_diagnostics(built: Built) -> None:
     """Median k-th neighbours as `gaps` writes them; the reference's curve is tau less 0.02 per neighbour."""
     records = []
+    jpegs = np.array([hash(jpeg) for jpeg in built.pool.jpegs])
     for test, s in built.similarity.items():
+        own = [hash(jpeg) for jpeg in built.tests[test].jpegs]
         for name, keep in {"pool": np.ones(s.shape[1], bool), **built.keeps}.items():
             kth = np.median(-np.sort(-np.where(keep, s, -np.inf), axis=1)[:, :NEIGHBOURS], axis=0)
             within = float((np.where(keep, s, -np.inf) > built.tau[test][:, None] - 0.05).sum(axis=1).mean())
             best = np.where(keep, s, -np.inf).max(axis=1)
             records.append({"split": name, "test": test, "num_images": len(s), "mean_rows_within": {"0.05": within},
                             "duplicate_rate": {f"{at:g}": float((best >= at).mean()) for at in (0.9, 0.99)},
+                            "same_bytes_rate": float(np.isin(own, jpegs[keep]).mean()),
                             "median_kth_similarity": [float(x) if np.isfinite(x) else None for x in kth]})  # fmt: skip
         curve = [float(np.median(built.tau[test])) - 0.02 * j for j in range(NEIGHBOURS)]
         records.append({"split": "reference", "test": test, "median_kth_similarity": curve})

@@ -115,7 +115,7 @@ def test_bad_input_is_named(world, tmp_path, monkeypatch) -> None:
 
 
 def test_the_built_in_backgrounds_are_the_paper_s() -> None:
-    prompts = attributes._prompts("backgrounds")
+    prompts = attributes.read_prompts("backgrounds")
     words = "ground water earth sand snow grass human sky road rock shrub indoor tree outdoor"  # counteranimal.md 2
     assert set(prompts) == set(words.split())
 

@@ -51,3 +51,17 @@ def test_every_cut_equals_brute_force(
             sure, possible = ((excess > edge).sum(axis=1) for edge in (2 * error_bound(DIM), -2 * error_bound(DIM)))
             assert (left.within[cut, :, i] >= sure).all()
             assert (left.within[cut, :, i] <= possible).all()
+
+
+@given(
+    rows=st.lists(st.sampled_from(["a", "b", "c", ""]), max_size=12),
+    wanted=st.lists(st.sampled_from(["a", "b", "z", ""]), max_size=6),
+    seed=st.integers(0, 99),
+)
+def test_equal_bytes_are_found_by_their_digest_in_every_cut(rows: list[str], wanted: list[str], seed: int) -> None:
+    keeps = np.random.default_rng(seed).random((3, len(rows))) < 0.5
+    found = kept.same_bytes(np.array(rows, "S64"), keeps, np.array(wanted, "S64"))
+    assert found.tolist() == [
+        [any(digest and row == digest and stays for row, stays in zip(rows, keep, strict=True)) for digest in wanted]
+        for keep in keeps.tolist()
+    ]

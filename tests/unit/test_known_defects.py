@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from clipgap_ray.kernels import nearest, splits
+from clipgap_ray.kernels import nearest, nearest_exact, splits
 from clipgap_ray.kernels.topk import merge_topk
 from tests import made, twins
 
@@ -26,7 +26,7 @@ def test_row_3_lists_longer_than_the_reference_hold_no_garbage(reference_rows: i
     reference, tests = made.unit_rows(reference_rows, DIM, 0), made.unit_rows(6, DIM, 1)
     ids = np.arange(reference_rows, dtype=np.int64)
     blocks = [(reference[:2], ids[:2]), (reference[2:], ids[2:])]  # the last block fills no list
-    similarity, row_ids = nearest.nearest(tests, blocks, k)
+    similarity, row_ids = nearest_exact.nearest(tests, blocks, k)
     assert (np.abs(similarity[:, 0]) <= 1 + 1e-3).all()
     assert np.array_equal(similarity[:, 0], twins.similarities(tests, reference).max(axis=1))
     assert (similarity[:, reference_rows:] == -np.inf).all()

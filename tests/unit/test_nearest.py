@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipgap_ray.kernels import kept, nearest
+from clipgap_ray.kernels import kept, nearest, nearest_exact
 from clipgap_ray.kernels.nearest_torch import TorchPass
 from clipgap_ray.kernels.vectors import error_bound
 from tests import made, twins
@@ -120,7 +120,7 @@ def test_the_nearest_row_is_decided_where_float32_cannot_tell() -> None:
     expected, expected_id = twins.nearest(query, rows, ids, 5)
     _, found = nearest.score(rows, ids, nearest.Queries.stack([query], [np.zeros(1, np.int64)], None), 1)
     assert (found.best[0], found.best_id[0]) == (expected[0, 0], expected_id[0, 0])
-    similarity, row_ids = nearest.nearest(query, [(rows[:300], ids[:300]), (rows[300:], ids[300:])], 5)
+    similarity, row_ids = nearest_exact.nearest(query, [(rows[:300], ids[:300]), (rows[300:], ids[300:])], 5)
     assert np.array_equal(similarity, expected)
     assert np.array_equal(row_ids, expected_id)
 
@@ -154,7 +154,7 @@ def test_nothing_to_merge_is_an_error() -> None:
 def test_k_nearest_over_blocks_equal_brute_force(seed: int, num_rows: int, k: int, cut: int, make: object) -> None:
     rows, ids = make(num_rows, DIM, seed), shuffled_ids(num_rows, seed)  # type: ignore[operator]
     queries = np.concatenate([make(3, DIM, seed + 1), rows[:2]])  # type: ignore[operator]  two exact copies
-    similarity, row_ids = nearest.nearest(queries, [(rows[:cut], ids[:cut]), (rows[cut:], ids[cut:])], k)
+    similarity, row_ids = nearest_exact.nearest(queries, [(rows[:cut], ids[:cut]), (rows[cut:], ids[cut:])], k)
     expected, expected_ids = twins.nearest(queries, rows, ids, k)
     assert np.array_equal(similarity, expected)
     assert np.array_equal(row_ids, expected_ids)
@@ -169,7 +169,7 @@ def test_kernels_leave_their_arguments_alone() -> None:
     _, found = nearest.score(rows, ids, queries, 2)
     nearest.merge([found, found])
     kept.around(rows, ids, np.ones((1, 20), bool), queries, 2, (0.1,))
-    nearest.above(rows, queries.rows, np.zeros(3))
+    nearest_exact.above(rows, queries.rows, np.zeros(3))
 
 
 # --- a pass in portions, on either device ----------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_pairs_above_a_floor_are_exact(seed: int, num_rows: int, make: object) -
     exact = twins.similarities(rows, queries) if num_rows else np.zeros((0, 5))
     # floors that are some row's own similarity: strictly above excludes that row
     floor = np.sort(exact, axis=0)[num_rows // 2] if num_rows else np.zeros(5)
-    row, query, similarity = nearest.above(rows, queries, floor)
+    row, query, similarity = nearest_exact.above(rows, queries, floor)
     assert set(zip(row.tolist(), query.tolist(), strict=True)) == set(
         zip(*(axis.tolist() for axis in np.nonzero(exact > floor)), strict=True)
     )

@@ -1,5 +1,6 @@
 """Sections that the report shows when other commands left their results in the study's folder."""
 
+import html
 import json
 import re
 import shutil
@@ -70,6 +71,22 @@ def test_numbers_of_the_sections_are_those_of_the_commands(root, page) -> None:
         assert word in section(page, "few-shot")
 
 
+def test_hypotheses_stand_beside_what_the_commands_measured(root, page) -> None:
+    records = pq.read_table(root / "report" / "tables" / "hypotheses.parquet").to_pylist()
+    assert (root / "report" / "tables" / "hypotheses.csv").exists()
+    verdicts = {r["hypothesis"]: r["verdict"] for r in records}
+    assert list(verdicts) == ["exposure", "shortcut", "caption", "foreground", "selection"]
+    assert not any("run `" in verdict for verdict in verdicts.values()), "everything was run"
+    part = pq.read_table(root / "report" / "tables" / "group_drop_and_similarity.parquet").to_pylist()[0]
+    residual = next(r for r in records if r["hypothesis"] == "exposure" and r["unit"] == "points")
+    assert (residual["value"], residual["low"]) == (part["residual_pp"], part["residual_low_pp"])
+    chosen = json.loads((root / "discover" / "discover.json").read_text())["models"]["full"]
+    assert next(r for r in records if r["hypothesis"] == "selection")["value"] == chosen["held_out_drop_pp"]
+    shown = html.unescape(section(page, "hypotheses"))
+    assert all(verdict in shown for verdict in verdicts.values())
+    assert all(r["prediction"] in shown for r in records)
+
+
 def test_duplicates_stand_at_every_threshold_before_and_after(root, page) -> None:
     study = Study.open(str(root))
     records = {(r["test"], r["where"], r["similarity"]): r for r in found.duplicates(study)}
@@ -78,6 +95,12 @@ def test_duplicates_stand_at_every_threshold_before_and_after(root, page) -> Non
     # Two test images lie in the pool; the cut to the reference's gap takes them out.
     assert records["val", "pool", 0.99]["rate"] >= 2 / 80 > records["val", found.CUT, 0.99]["rate"]
     assert all(r["low"] <= r["rate"] <= r["high"] for r in records.values())
+    rates = [records["val", where, None]["rate"] for where in ("pool", found.CUT)]
+    assert rates == [2 / 80, 0], "the two are in the pool byte for byte"
+    assert {r["by"] for r in records.values()} == {"similarity", "sha256"}
+    shown = section(page, "duplicates")
+    assert "equal bytes: pool" in shown
+    assert "Byte for byte 2 of all 240 test images lie in the pool." in shown
     assert [r["sha256"] + r["near"] for r in found.removed_duplicates(study)] == [2, 5]
     assert "≥ 0.99: after the cut" in section(page, "duplicates")
 

@@ -356,8 +356,8 @@ def test_page_is_self_contained_and_holds_every_section(page) -> None:
     assert all(link.startswith("data:image/") for link in links.loaded)
     anchors = re.findall(r'<section id="([a-z-]+)"', page)
     assert anchors == ["answers", "table", "similarity", "accuracy-similarity", "pruning", "robustness", "galleries",
-                       "gap-check", "density", "removed", "groups", "drop-similarity", "duplicates", "training",
-                       "provenance"]  # fmt: skip
+                       "gap-check", "density", "removed", "groups", "drop-similarity", "hypotheses", "duplicates",
+                       "training", "provenance"]  # fmt: skip
     assert "prefers-color-scheme: dark" in page
     assert "NaN" not in re.sub(r"data:[^\"]*", "", page)
     assert len(page) < 20 * 2**20

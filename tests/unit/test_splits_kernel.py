@@ -127,3 +127,55 @@ def test_density_matching_equals_the_slow_twin_and_bounds_every_curve(seed: int,
     assert not (keep & ~gap_matched).any()  # never keeps what gap matching removes
     if k == 1:
         assert np.array_equal(keep, gap_matched)
+
+
+def walk(values: np.ndarray, partition: np.ndarray, size: int, cap: int) -> list[int]:
+    """Slow twin of a core set with a cap: down the list, of equals the highest uid first, past full partitions."""
+    taken: list[int] = []
+    room = dict.fromkeys(partition.tolist(), cap)
+    for at in sorted(range(len(values)), key=lambda i: (values[i], i), reverse=True):
+        if len(taken) < size and room[int(partition[at])]:
+            taken.append(at)
+            room[int(partition[at])] -= 1
+    return sorted(taken)
+
+
+@given(VALUES, st.integers(1, 4), st.integers(1, 6), st.data())
+def test_the_largest_of_every_partition_and_of_them_the_largest_are_a_walk_down_the_list(
+    values: np.ndarray, num_partitions: int, cap: int, data: st.DataObject
+) -> None:
+    partition = np.array([data.draw(st.integers(0, num_partitions - 1)) for _ in values], np.int32)
+    most = np.nonzero(splits.most_per_partition(values, partition, cap))[0]
+    assert most.tolist() == walk(values, partition, len(values), cap)
+    size = data.draw(st.integers(0, len(most)))
+    kept = most[splits.keep_most(values[most], size)]
+    assert kept.tolist() == walk(values, partition, size, cap)
+    assert np.bincount(partition[kept], minlength=num_partitions).max() <= cap
+    if cap >= len(values):
+        assert np.array_equal(kept, np.nonzero(splits.keep_most(values, size))[0])
+
+
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 6))
+def test_values_outside_a_partition_s_boundary_cannot_change_its_cut(seed: int, num_partitions: int, cap: int) -> None:
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, 8, 24) / 8
+    partition = rng.integers(0, num_partitions, 24)
+    bound = 0.07
+    stored = truth + rng.uniform(-bound, bound, 24)
+    band = splits.partition_boundary(stored, partition, cap, bound)
+    stored[band] = truth[band]
+    expected = splits.most_per_partition(truth, partition, cap)
+    assert np.array_equal(splits.most_per_partition(stored, partition, cap), expected)
+    assert not len(splits.partition_boundary(truth, partition, 24, bound)), "no partition is larger than its cap"
+
+
+@pytest.mark.parametrize(("cap", "expected"), [("7", 7), ("1.0", 5), ("1.5", 8), ("20.0", 100)])
+def test_caps_are_counts_or_with_a_point_even_shares(cap: str, expected: int) -> None:
+    assert splits.parse_cap(cap, 50, 10) == expected
+
+
+@pytest.mark.parametrize("cap", ["4", "0.8", "0", "-1", "many", "1,5", "nan", "1.0x"])
+def test_impossible_caps_name_the_value(cap: str) -> None:
+    with pytest.raises(ConfigError, match="--cap") as error:
+        splits.parse_cap(cap, 50, 10)
+    assert cap in str(error.value)

@@ -35,6 +35,9 @@ def test_the_full_study_has_three_seeds_and_three_baselines():
     assert sum(run.objective == "supervised" for run in study.runs) == 3
     assert {"full", "none", *study.splits} == {run.split for run in study.runs}
     assert study.assert_effects
+    asked = study.analyses.model_dump()
+    assert all(asked[name] for name in asked), "the full study asks for every analysis"
+    assert study.probe_shots
 
 
 @pytest.mark.parametrize(
@@ -70,6 +73,7 @@ def test_the_core_set_study_compares_each_size_with_as_many_random_rows():
     for size in (4, 8, 16, 32, 64):
         assert float(study.splits[f"core-{size}"]["size"]) == 1 / size
         assert study.splits[f"random-{size}"] == {"kind": "random", "match": f"core-{size}"}
+        assert study.splits[f"capped-{size}"] == {**study.splits[f"core-{size}"], "cap": "2.0"}
     assert {"full", *study.splits} == {run.split for run in study.runs}
 
 
