@@ -102,7 +102,8 @@ def _add_v1(app: FastAPI, backend: Backend, limits: Limits, meters: Meters, fetc
         request, uploads = body
         within = read_filter(request.filter, [split.name for split in await backend.splits()] if request.filter else [])
         queries = await fetcher.fill(read_search(request, limits, uploads))
-        found = await backend.search(request.index, queries, request.k, request.collapse, within)
+        index = await _index_of(backend, request.index, request.modality)
+        found = await backend.search(index, queries, request.k, request.collapse, within)
         if found.answer.degraded:
             meters.degraded.inc()
         return SearchResponse(
@@ -187,6 +188,21 @@ def _add_health(app: FastAPI, backend: Backend, meters: Meters) -> None:
         return FileResponse(PAGE / "index.html", headers={"content-security-policy": PAGE_POLICY})
 
     app.mount("/page", StaticFiles(directory=PAGE))
+
+
+async def _index_of(backend: Backend, name: str | None, modality: str | None) -> str | None:
+    """The index to ask: the named one, or the first one with rows of a modality."""
+    if modality is None:
+        return name
+    indices = await backend.indices()
+    if name is None:
+        found = next((info.name for info in indices if info.modality == modality), None)
+        if found is None:
+            raise ApiError(404, "unknown_index", f"no index holds {modality} embeddings", "see /v1/indices")
+        return found
+    if any(info.name == name and info.modality != modality for info in indices):
+        raise ApiError(400, "wrong_modality", f"the index holds no {modality} embeddings", "see /v1/indices")
+    return name
 
 
 async def _parse_search(request: Request) -> tuple[SearchRequest, list[bytes]]:
