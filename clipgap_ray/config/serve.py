@@ -61,6 +61,10 @@ class ServeSettings(Settings):
     or in the file that CLIPGAP_TOKEN_FILE names."""
     port: Annotated[int, pydantic.Field(ge=1, le=65535)] = 8000
     """Port to listen on."""
+    haproxy: Annotated[bool, Operational()] = True
+    """Use the fast proxy that Ray brings (HAProxy) and Ray Serve's switches for throughput: several times more requests
+    per second. Its statistics and metrics listen on all interfaces (8404 and 9101, printed at start); --no-haproxy
+    opens neither. Where Ray runs already, the nodes' environment decides (docs/cluster.md)."""
     max_k: pydantic.PositiveInt = 1000
     """Most neighbours per query."""
     max_batch: pydantic.PositiveInt = 64

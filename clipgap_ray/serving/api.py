@@ -101,7 +101,7 @@ def _add_v1(app: FastAPI, backend: Backend, limits: Limits, meters: Meters, fetc
         """Nearest rows of a text, an image, a vector or a sample of the index; or of a batch of them."""
         request, uploads = body
         within = read_filter(request.filter, [split.name for split in await backend.splits()] if request.filter else [])
-        queries = await fetcher.fill(read_search(request, limits, uploads))
+        queries = await fetcher.fill(read_search(request, limits, uploads), backend.timings)
         index = await _index_of(backend, request.index, request.modality)
         found = await backend.search(index, queries, request.k, request.collapse, within)
         if found.answer.degraded:
@@ -119,7 +119,7 @@ def _add_v1(app: FastAPI, backend: Backend, limits: Limits, meters: Meters, fetc
     async def similarity(body: Annotated[tuple[Any, list[bytes]], Depends(_parse_similarity)]) -> SimilarityResponse:
         """How covered is it by the training set: nearest training and test images, percentile, which splits drop it."""
         request, uploads = body
-        queries = await fetcher.fill(read_search(request, limits, uploads))
+        queries = await fetcher.fill(read_search(request, limits, uploads), backend.timings)
         covered = await backend.similarity(request.index, queries, request.k)
         answer = covered.found.answer
         if answer.degraded:
@@ -180,8 +180,8 @@ def _add_health(app: FastAPI, backend: Backend, meters: Meters) -> None:
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        """Prometheus metrics of this replica."""
-        return Response(meters.text(), media_type="text/plain; version=0.0.4")
+        """Prometheus metrics of this replica: its own, and clip-retrieval's."""
+        return Response(meters.text() + backend.timings.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/", response_class=FileResponse, include_in_schema=False)
     async def page() -> FileResponse:
