@@ -121,6 +121,12 @@ class IndexShard:
             self._mark_excluded()
         return self._row_ids[0]
 
+    @property
+    def keep(self) -> np.ndarray | None:
+        """(n,) bool over positions: rows that a search may find; None: all of them."""
+        _ = self.row_ids  # brings the mask up to date
+        return self._keep
+
     def exclude(self, row_ids: np.ndarray) -> None:
         """Hide rows from every later search (tombstones); replaces the rows hidden before. Rows stay stored.
 
