@@ -24,7 +24,7 @@ import pyarrow as pa
 from clipgap_ray import rundir, schema, store
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import DataError, StaleOutputError
-from clipgap_ray.index import IndexShard, file_sha256, open_shard
+from clipgap_ray.index import IndexShard, open_shard
 from clipgap_ray.kernels import faiss_index
 from clipgap_ray.kernels.faiss_merge import LEFT_OUT, merge
 from clipgap_ray.stages.session import logger
@@ -68,7 +68,7 @@ def merge_index(uri: str, out: str) -> dict[str, Any]:
     with store.atomic_file(store.join(out, name)) as file:
         faiss_index.write(merged, file.name)
         file.seek(0)
-        files[name] = file_sha256(file.name)
+        files[name] = store.file_sha256(file.name)
     written = {
         "stage": "merged index", "rows": len(row_ids), "dim": manifest["dim"], "modality": manifest["modality"],
         "key": manifest["key"], "nprobe": manifest.get("nprobe", 0), "recall_at_10": manifest.get("recall_at_10"),
