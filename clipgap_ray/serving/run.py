@@ -41,6 +41,7 @@ def run(settings: ServeSettings) -> None:
     _check_port(settings.host, settings.port)
     with _cluster():
         _check_no_other_serve()
+        _check_gpus(settings)
         try:
             deploy(app, settings)
             for line in open_ports(settings):
@@ -96,6 +97,16 @@ def _check_no_other_serve() -> None:
         raise ConfigError(
             "Ray Serve runs on this cluster already, with its own address and applications",
             hint="add ours to it: serve deploy serve/config.yaml",
+        )
+
+
+def _check_gpus(settings: ServeSettings) -> None:
+    """Serve would wait for a GPU for ever; on a cluster an autoscaler may bring one."""
+    there = ray.cluster_resources().get("GPU", 0.0)
+    if settings.encoder_gpus > there and not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(
+            f"--encoder-gpus {settings.encoder_gpus:g}, but this machine has {there:g} GPUs",
+            hint="--encoder-gpus 0 encodes on CPUs",
         )
 
 

@@ -1,0 +1,74 @@
+"""Two replicas per index shard: one is killed under load, and nobody sees it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from clipgap_ray.client import Client
+from clipgap_ray.config.serve import ServeSettings
+from clipgap_ray.kernels.topk import exact_topk
+from tests.index_fixture import all_rows, unit_rows, write_embeddings
+from tests.service_fixture import serve_locally
+from tests.waiting import free_port, until
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+PARTS = [unit_rows(50, seed) for seed in range(2)]
+K = 5
+
+
+def test_a_killed_replica_under_load_leaves_every_answer_whole(ray_session: None, tmp_path: Path) -> None:
+    from ray import serve
+
+    from clipgap_ray.serving.deployments import build_app
+    from clipgap_ray.serving.run import APP, deploy
+
+    serve_locally(write_embeddings(tmp_path / "emb", PARTS), tmp_path / "index")
+    settings = ServeSettings(index=(f"pool={tmp_path / 'index'}",), port=free_port(), replicas=2, shard_timeout_s=20.0)
+    queries = unit_rows(16, seed=5)
+    expected = exact_topk(queries, *all_rows(PARTS), K)[1].tolist()
+    stop, asked, wrong = threading.Event(), [0] * 4, []
+
+    def load(number: int) -> None:
+        with Client(f"http://127.0.0.1:{settings.port}") as client:
+            while not stop.is_set():
+                at = asked[number] % len(queries)
+                answer = client.search(vector=queries[at].astype(float), k=K)
+                if answer.degraded or [near.row_id for near in answer[0]] != expected[at]:
+                    wrong.append((answer.degraded, at))
+                asked[number] += 1
+
+    try:
+        deploy(build_app(settings), settings)
+        handle = serve.get_deployment_handle("pool-shard-0", APP)
+
+        def pids() -> set[int]:
+            return {handle.describe.remote().result(timeout_s=30)["pid"] for _ in range(8)}
+
+        before = until(lambda: found if len(found := pids()) == 2 else None, "both replicas answer")
+        with ThreadPoolExecutor(4) as threads:
+            loads = [threads.submit(load, number) for number in range(4)]
+            try:
+                until(lambda: min(asked) > 20, "load")
+                killed = min(before)
+                os.kill(killed, signal.SIGKILL)
+                at_kill = list(asked)
+                until(lambda: all(now > then + 20 for now, then in zip(asked, at_kill, strict=True)), "load goes on")
+                until(lambda: len(now := pids()) == 2 and killed not in now, "a replica in its place")
+                at_return = list(asked)
+                until(lambda: all(now > then + 5 for now, then in zip(asked, at_return, strict=True)), "load goes on")
+            finally:
+                stop.set()
+        for one in loads:
+            one.result()  # no request failed
+        assert wrong == []
+        assert sum(asked) > 100
+    finally:
+        stop.set()
+        serve.shutdown()
