@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ import pytest
 from clipgap_ray.client import Client
 from clipgap_ray.config.serve import ServeSettings
 from clipgap_ray.kernels.topk import exact_topk
+from clipgap_ray.serving.ports import descendants
 from tests.index_fixture import all_rows, unit_rows, write_embeddings
 from tests.service_fixture import serve_locally
 from tests.waiting import free_port, until
@@ -21,6 +23,17 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PARTS = [unit_rows(50, seed) for seed in range(2)]
 K = 5
+SHARD = "pool-shard-0"
+
+
+def replicas() -> set[int]:
+    """Process ids of the shard's replicas; they are below this process, which started Ray."""
+    found = set()
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(f"ray::ServeReplica:clipgap:{SHARD}".encode()):
+                found.add(pid)
+    return found
 
 
 def test_a_killed_replica_under_load_leaves_every_answer_whole(ray_session: None, tmp_path: Path) -> None:
@@ -35,6 +48,10 @@ def test_a_killed_replica_under_load_leaves_every_answer_whole(ray_session: None
     expected = exact_topk(queries, *all_rows(PARTS), K)[1].tolist()
     stop, asked, wrong = threading.Event(), [0] * 4, []
 
+    def running() -> int:
+        """Replicas that get traffic."""
+        return serve.status().applications[APP].deployments[SHARD].replica_states.get("RUNNING", 0)
+
     def load(number: int) -> None:
         with Client(f"http://127.0.0.1:{settings.port}") as client:
             while not stop.is_set():
@@ -46,12 +63,8 @@ def test_a_killed_replica_under_load_leaves_every_answer_whole(ray_session: None
 
     try:
         deploy(build_app(settings), settings)
-        handle = serve.get_deployment_handle("pool-shard-0", APP)
-
-        def pids() -> set[int]:
-            return {handle.describe.remote().result(timeout_s=30)["pid"] for _ in range(8)}
-
-        before = until(lambda: found if len(found := pids()) == 2 else None, "both replicas answer")
+        before = replicas()
+        assert len(before) == 2
         with ThreadPoolExecutor(4) as threads:
             loads = [threads.submit(load, number) for number in range(4)]
             try:
@@ -60,7 +73,7 @@ def test_a_killed_replica_under_load_leaves_every_answer_whole(ray_session: None
                 os.kill(killed, signal.SIGKILL)
                 at_kill = list(asked)
                 until(lambda: all(now > then + 20 for now, then in zip(asked, at_kill, strict=True)), "load goes on")
-                until(lambda: len(now := pids()) == 2 and killed not in now, "a replica in its place")
+                until(lambda: len(now := replicas()) == 2 and killed not in now and running() == 2, "another replica")
                 at_return = list(asked)
                 until(lambda: all(now > then + 5 for now, then in zip(asked, at_return, strict=True)), "load goes on")
             finally:
