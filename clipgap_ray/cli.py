@@ -54,7 +54,9 @@ VERBS = {
     "agreement": Verb("join:AgreementSettings", "stages.agreement:run", "do two encoders prune the same rows?"),
     "robustness": Verb("robustness:RobustnessSettings", "stages.robustness:run", "effective robustness of models"),
     "run": Verb("study:RunSettings", "stages.study:run", "run a whole study from a YAML file"),
-    "serve": Verb("serve:ServeSettings", "serving.run:run", "search and zero-shot over HTTP"),
+    "serve": Verb("serve:ServeSettings", "serving.start:run", "search and zero-shot over HTTP"),
+    "query": Verb("ask:QuerySettings", "client.commands:query", "ask a running service: nearest rows of a query"),
+    "swap": Verb("ask:SwapCommand", "client.commands:swap", "put another version of an index into a running service"),
     "status": Verb("study:StatusSettings", "status:run", "what is done and what is left in a directory"),
     "doctor": Verb("study:DoctorSettings", "doctor:run", "check this environment, or look into a source"),
 }

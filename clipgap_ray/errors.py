@@ -8,6 +8,7 @@ ClipgapError
   LeaseError                             another driver is writing to the same directory
   StorageError                           an object store refuses, or does not answer
   ShardLostError                         an index shard's actor died
+  ServiceError                           a service refuses a request, or does not answer
   BudgetError                            too much was skipped, or a run would cost more than allowed
   StoppedError                           --max-hours or --max-cost was reached; what is committed stays
 """
@@ -58,6 +59,20 @@ class StorageError(ClipgapError):
 
 class ShardLostError(ClipgapError):
     """An index shard's actor died; the message carries the shard's number and rows."""
+
+
+class ServiceError(ClipgapError):
+    """A service refuses a request, or does not answer.
+
+    Args:
+        message: The service's words, or what came instead of them.
+        hint: The next step.
+        status: HTTP status; 0 where nobody answered.
+    """
+
+    def __init__(self, message: str, hint: str | None = None, status: int = 0) -> None:
+        super().__init__(message, hint)
+        self.status = status
 
 
 class BudgetError(ClipgapError):

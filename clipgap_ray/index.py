@@ -15,7 +15,6 @@ row_ids (nq, k) int64`, missing = -inf and -1, ties by smaller row id.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import uuid
@@ -27,6 +26,7 @@ import faiss
 import numpy as np
 
 from clipgap_ray import rundir, store
+from clipgap_ray.download import local_copy
 from clipgap_ray.errors import DataError, IndexMismatchError
 from clipgap_ray.kernels import faiss_index
 from clipgap_ray.kernels.topk import merge_topk
@@ -121,6 +121,12 @@ class IndexShard:
             self._mark_excluded()
         return self._row_ids[0]
 
+    @property
+    def keep(self) -> np.ndarray | None:
+        """(n,) bool over positions: rows that a search may find; None: all of them."""
+        _ = self.row_ids  # brings the mask up to date
+        return self._keep
+
     def exclude(self, row_ids: np.ndarray) -> None:
         """Hide rows from every later search (tombstones); replaces the rows hidden before. Rows stay stored.
 
@@ -193,7 +199,9 @@ class IndexShard:
                 os.makedirs(temporary)
                 faiss_index.write(self.index, os.path.join(temporary, "index.faiss"))
             store.write_bytes(os.path.join(temporary, "row_ids.npy"), row_ids)
-            manifest["files"] = {name: file_sha256(os.path.join(temporary, name)) for name in os.listdir(temporary)}
+            manifest["files"] = {
+                name: store.file_sha256(os.path.join(temporary, name)) for name in os.listdir(temporary)
+            }
             store.write_json(os.path.join(temporary, "manifest.json"), manifest)
             _replace_folder(temporary, folder)
         finally:
@@ -206,7 +214,8 @@ class IndexShard:
 
         Args:
             uri: The shard's folder.
-            mmap: Map the index into memory instead of reading it (local folders, Flat and IVF).
+            mmap: Map the index into memory instead of reading it (Flat and IVF); of an object store a copy on this
+                machine is mapped (`download`), which is made once.
             nprobe: See the class.
 
         Raises:
@@ -218,9 +227,12 @@ class IndexShard:
         path, ids = store.join(uri, "index.faiss"), store.join(uri, "row_ids.npy")
         if store.is_local(uri):
             path, ids = store.filesystem(path)[1], store.filesystem(ids)[1]
-            found = {"index.faiss": file_sha256(path), "row_ids.npy": file_sha256(ids)}
+            found = {"index.faiss": store.file_sha256(path), "row_ids.npy": store.file_sha256(ids)}
             _check_files(uri, manifest["files"], found)
             index = faiss_index.read(path, mmap)
+        elif mmap:  # a copy of this machine, checked
+            path, ids = (local_copy(file, manifest["files"][file.rpartition("/")[2]]) for file in (path, ids))
+            index = faiss_index.read(path)
         else:
             data = store.read_bytes(path)
             found = {"index.faiss": store.sha256(data), "row_ids.npy": store.sha256(store.read_bytes(ids))}
@@ -239,15 +251,6 @@ def _check_files(uri: str, expected: dict[str, str], found: dict[str, str]) -> N
                 f"{uri}/{name} has sha256 {found.get(name, 'none')[:12]}, its manifest says {digest[:12]}",
                 hint="delete that shard's folder and run `clipgap index` again",
             )
-
-
-def file_sha256(path: str) -> str:
-    """Return the sha256 of a local file, read in pieces; DataError when it is missing."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist") from None
 
 
 def _replace_folder(new: str, folder: str) -> None:

@@ -216,6 +216,30 @@ def read_bytes(uri: str, offset: int = 0, size: int | None = None) -> bytes:
         raise DataError(f"{uri} does not exist") from None
 
 
+def fetch(uri: str, path: str) -> None:
+    """Copy a remote file to a local path, in pieces; what an attempt that failed left there is overwritten.
+
+    Raises:
+        DataError: If the file is missing.
+        StorageError: If the store does not answer, or the disk is full.
+    """
+    fs, inside = filesystem(uri)
+    with _room(path):
+        try:
+            patiently(uri, lambda: fs.get_file(inside, path))
+        except FileNotFoundError:
+            raise DataError(f"{uri} does not exist") from None
+
+
+def file_sha256(path: str) -> str:
+    """Return the sha256 of a local file, read in pieces; DataError when it is missing."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file so that it is whole or absent: temporary + rename locally, one PUT on object stores."""
     fs, path = filesystem(uri)

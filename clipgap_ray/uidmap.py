@@ -26,7 +26,6 @@ import numpy as np
 from clipgap_ray import schema, store
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import DataError
-from clipgap_ray.index import file_sha256
 from clipgap_ray.kernels import subsets
 
 RECORD = np.dtype([("f0", "<u8"), ("f1", "<u8"), ("row_id", "<i8")])
@@ -143,7 +142,7 @@ class UidMap:
         if store.is_local(path):
             with self._lock:
                 if number not in self._checked:
-                    self._check(number, path, file_sha256(store.filesystem(path)[1]))
+                    self._check(number, path, store.file_sha256(store.filesystem(path)[1]))
                     self._checked.add(number)
             return store.read_array(path)  # mapped anew for every look-up: nothing stays in memory
         with self._lock:

@@ -59,6 +59,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         print(f"\nall tests skipped in: {', '.join(silent)}")  # noqa: T201  the runner's own output
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _download_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Copies of remote files go nowhere near the home directory, of workers neither."""
+    os.environ["CLIPGAP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A private Ray for the whole session, in a short directory (unix sockets allow 107 characters)."""

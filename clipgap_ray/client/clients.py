@@ -10,7 +10,7 @@ import httpx
 
 from clipgap_ray.client import questions
 from clipgap_ray.client.questions import Call, Result
-from clipgap_ray.errors import ClipgapError
+from clipgap_ray.errors import ServiceError
 
 TIMEOUT_S = 60.0
 
@@ -21,7 +21,7 @@ def _content(response: httpx.Response) -> dict[str, Any]:
     """Return the JSON of an answer.
 
     Raises:
-        ClipgapError: With the server's message and hint, or what came instead.
+        ServiceError: With the server's message and hint, or what came instead.
     """
     try:
         body = response.json()
@@ -31,15 +31,17 @@ def _content(response: httpx.Response) -> dict[str, Any]:
         return body
     error = body.get("error") if isinstance(body, dict) else None
     if isinstance(error, dict) and "message" in error:
-        raise ClipgapError(f"{response.status_code} {error.get('code')}: {error['message']}", hint=error.get("hint"))
-    raise ClipgapError(
+        message = f"{response.status_code} {error.get('code')}: {error['message']}"
+        raise ServiceError(message, error.get("hint"), response.status_code)
+    raise ServiceError(
         f"{response.url} answered {response.status_code} with {response.text[:200]!r}, expected JSON of clipgap",
         hint="is this the address of `clipgap serve`?",
+        status=response.status_code,
     )
 
 
-def _unreachable(base_url: str, error: httpx.HTTPError) -> ClipgapError:
-    return ClipgapError(f"{base_url} does not answer: {error}", hint="is `clipgap serve` running there?")
+def _unreachable(base_url: str, error: httpx.HTTPError) -> ServiceError:
+    return ServiceError(f"{base_url} does not answer: {error}", hint="is `clipgap serve` running there?")
 
 
 def _headers(token: str | None) -> dict[str, str]:
@@ -90,7 +92,7 @@ class Client:
         self._http.close()
 
     def ask(self, call: Call[Result]) -> Result:
-        """Send a question and return what its answer says; ClipgapError with the server's message."""
+        """Send a question and return what its answer says; ServiceError with the server's message."""
         try:
             return call.read(_content(self._http.request(call.method, call.path, json=call.body)))
         except httpx.HTTPError as error:

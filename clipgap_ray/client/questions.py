@@ -147,21 +147,23 @@ def search(
     collapse: float | None = None,
     filter: Sequence[dict[str, Any]] | None = None,
     image_url: str | None = None,
+    modality: str | None = None,
 ) -> Call[SearchResult]:
     """Return the k nearest rows of one query, or of each of `queries` (dicts with text, vector, uid or image).
 
     `collapse` leaves out a neighbour that is at least so alike to a nearer one; `filter` is conditions that all
-    neighbours fulfil, as in /docs: `[{"column": "width", "at_least": 512}, {"split": "gap-sketch"}]`.
+    neighbours fulfil, as in /docs: `[{"column": "width", "at_least": 512}, {"split": "gap-sketch"}]`. `modality`
+    ("image" or "text") asks the first index of that kind of rows.
 
     Raises:
-        ClipgapError: With the server's message.
+        ServiceError: With the server's message.
     """
 
     def read(answer: dict[str, Any]) -> SearchResult:
         results = [[_known(Neighbour, row) for row in rows] for rows in answer["results"]]
         return _known(SearchResult, {**answer, "results": results})
 
-    more = {"queries": queries, "k": k, "index": index, "collapse": collapse, "filter": filter}
+    more = {"queries": queries, "k": k, "index": index, "collapse": collapse, "filter": filter, "modality": modality}
     return Call("POST", "/v1/search", read, _query(text, image, vector, uid, image_url, **more))
 
 
@@ -178,7 +180,7 @@ def similarity(
     """Return how covered one query is by the training set, or each of `queries`.
 
     Raises:
-        ClipgapError: With the server's message.
+        ServiceError: With the server's message.
     """
 
     def read(answer: dict[str, Any]) -> list[Coverage]:
@@ -197,7 +199,7 @@ def zero_shot(
     """Return the best classes of every image file, best first.
 
     Raises:
-        ClipgapError: With the server's message.
+        ServiceError: With the server's message.
     """
 
     def read(answer: dict[str, Any]) -> list[list[ClassScore]]:
@@ -219,7 +221,7 @@ def swap(index: str, uri: str | None = None) -> Call[Swap]:
     Needs the admin's token. Ask `swap_state` until it is done or failed.
 
     Raises:
-        ClipgapError: With the server's message.
+        ServiceError: With the server's message.
     """
     body = {"index": index} if uri is None else {"index": index, "uri": uri}
     return Call("POST", "/v1/admin/swap", lambda answer: _known(Swap, answer), body)

@@ -34,6 +34,9 @@ class IndexSettings(Settings):
     """Memory that all shards together may take, for auto; 0 = 60 % of the cluster's."""
     recall_queries: Annotated[pydantic.PositiveInt, Operational()] = 200
     """Rows of the pool to measure recall with; each is searched for its neighbours other than itself."""
+    merge: Annotated[str, Operational()] = ""
+    """Folder for the index as one FAISS file with its metadata, as clip-retrieval reads it (image.index, metadata/).
+    With --out alone: of an index that is there. Needs as much memory as the merged index."""
     poll_s: Annotated[pydantic.PositiveFloat, Operational()] = 1.0
     """Seconds between looks at the folder that --follow watches."""
 
@@ -51,7 +54,8 @@ class IndexSettings(Settings):
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> IndexSettings:
-        if bool(self.embeddings) == bool(self.follow):
+        only_merge = self.merge and not self.source
+        if bool(self.embeddings) == bool(self.follow) and not only_merge:
             raise ConfigError(
                 f"--embeddings is {self.embeddings!r} and --follow is {self.follow!r}: expected exactly one of them",
                 hint="clipgap index --embeddings EMB --out INDEX",

@@ -61,6 +61,10 @@ class ServeSettings(Settings):
     or in the file that CLIPGAP_TOKEN_FILE names."""
     port: Annotated[int, pydantic.Field(ge=1, le=65535)] = 8000
     """Port to listen on."""
+    haproxy: Annotated[bool, Operational()] = True
+    """Use the fast proxy that Ray brings (HAProxy) and Ray Serve's switches for throughput: several times more requests
+    per second. Its statistics and metrics listen on all interfaces (8404 and 9101, printed at start); --no-haproxy
+    opens neither. Where Ray runs already, the nodes' environment decides (docs/cluster.md)."""
     max_k: pydantic.PositiveInt = 1000
     """Most neighbours per query."""
     max_batch: pydantic.PositiveInt = 64
@@ -80,6 +84,13 @@ class ServeSettings(Settings):
     """An index shard that takes longer is left out; the answer says `degraded`."""
     replicas: Annotated[pydantic.PositiveInt, Operational()] = 1
     """Replicas of every index shard."""
+    encoder_min_replicas: Annotated[pydantic.PositiveInt, Operational()] = 1
+    """Replicas of the encoder that are always there."""
+    encoder_max_replicas: Annotated[pydantic.PositiveInt, Operational()] = 1
+    """Replicas of the encoder under load: one more comes whenever more requests wait than it encodes at once, and goes
+    when they do not. They need a quarter of a CPU each, and the GPUs of --encoder-gpus."""
+    encoder_gpus: Annotated[float, pydantic.Field(ge=0, le=8), Operational()] = 0.0
+    """GPUs per replica of the encoder: 0 encodes on CPUs, 0.25 lets four replicas, or other work, share a GPU."""
 
     @pydantic.field_validator("index")
     @classmethod
@@ -94,6 +105,20 @@ class ServeSettings(Settings):
         if self.splits and not self.scores:
             raise ConfigError(
                 f"--splits {' '.join(self.splits)} needs --scores", hint="the score run they were cut from"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _some_encoders(self) -> ServeSettings:
+        if self.encoder_max_replicas < self.encoder_min_replicas:
+            raise ConfigError(
+                f"--encoder-max-replicas {self.encoder_max_replicas} is less than --encoder-min-replicas "
+                f"{self.encoder_min_replicas}",
+                hint="the same number for both keeps the number fixed",
+            )
+        if self.encoder_gpus > 1 and self.encoder_gpus != int(self.encoder_gpus):
+            raise ConfigError(
+                f"--encoder-gpus {self.encoder_gpus:g}: above 1 Ray knows whole GPUs only", hint="for example 0.5 or 1"
             )
         return self
 

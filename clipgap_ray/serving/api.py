@@ -101,8 +101,9 @@ def _add_v1(app: FastAPI, backend: Backend, limits: Limits, meters: Meters, fetc
         """Nearest rows of a text, an image, a vector or a sample of the index; or of a batch of them."""
         request, uploads = body
         within = read_filter(request.filter, [split.name for split in await backend.splits()] if request.filter else [])
-        queries = await fetcher.fill(read_search(request, limits, uploads))
-        found = await backend.search(request.index, queries, request.k, request.collapse, within)
+        queries = await fetcher.fill(read_search(request, limits, uploads), backend.timings)
+        index = await _index_of(backend, request.index, request.modality)
+        found = await backend.search(index, queries, request.k, request.collapse, within)
         if found.answer.degraded:
             meters.degraded.inc()
         return SearchResponse(
@@ -118,7 +119,7 @@ def _add_v1(app: FastAPI, backend: Backend, limits: Limits, meters: Meters, fetc
     async def similarity(body: Annotated[tuple[Any, list[bytes]], Depends(_parse_similarity)]) -> SimilarityResponse:
         """How covered is it by the training set: nearest training and test images, percentile, which splits drop it."""
         request, uploads = body
-        queries = await fetcher.fill(read_search(request, limits, uploads))
+        queries = await fetcher.fill(read_search(request, limits, uploads), backend.timings)
         covered = await backend.similarity(request.index, queries, request.k)
         answer = covered.found.answer
         if answer.degraded:
@@ -179,14 +180,29 @@ def _add_health(app: FastAPI, backend: Backend, meters: Meters) -> None:
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        """Prometheus metrics of this replica."""
-        return Response(meters.text(), media_type="text/plain; version=0.0.4")
+        """Prometheus metrics of this replica: its own, and clip-retrieval's."""
+        return Response(meters.text() + backend.timings.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/", response_class=FileResponse, include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(PAGE / "index.html", headers={"content-security-policy": PAGE_POLICY})
 
     app.mount("/page", StaticFiles(directory=PAGE))
+
+
+async def _index_of(backend: Backend, name: str | None, modality: str | None) -> str | None:
+    """The index to ask: the named one, or the first one with rows of a modality."""
+    if modality is None:
+        return name
+    indices = await backend.indices()
+    if name is None:
+        found = next((info.name for info in indices if info.modality == modality), None)
+        if found is None:
+            raise ApiError(404, "unknown_index", f"no index holds {modality} embeddings", "see /v1/indices")
+        return found
+    if any(info.name == name and info.modality != modality for info in indices):
+        raise ApiError(400, "wrong_modality", f"the index holds no {modality} embeddings", "see /v1/indices")
+    return name
 
 
 async def _parse_search(request: Request) -> tuple[SearchRequest, list[bytes]]:

@@ -27,6 +27,7 @@ from clipgap_ray.serving.coverage import Coverage
 from clipgap_ray.serving.filters import Filter
 from clipgap_ray.serving.inputs import Query
 from clipgap_ray.serving.messages import ApiError, IndexInfo, Readiness, SetInfo, SplitInfo
+from clipgap_ray.serving.timings import Timings
 
 CACHED_CLASS_SETS = 32
 LOOK_S = 0.02  # between looks at whether the requests of a replaced version are done
@@ -69,6 +70,7 @@ class IndexBackend:
         self.coverage = coverage
         self.encoder = encoder
         self.preprocess = preprocess
+        self.timings = Timings()
         self._users: Counter[int] = Counter()  # requests under way, by the id of their searcher
         self._replaced: dict[str, list[Searcher]] = {}
         self._class_sets: OrderedDict[tuple[tuple[str, ...], tuple[str, ...]], np.ndarray] = OrderedDict()
@@ -89,7 +91,7 @@ class IndexBackend:
             ApiError: 404 for an unknown index or uid, 400 for a broken image or a vector of another dimension,
                 503 when no shard answers.
         """
-        with self._using(index) as searcher:
+        with self._using(index) as searcher, self.timings.time("full_knn_request_time"):
             return await self._nearest(searcher, await self._encode(searcher, queries), k, collapse, within)
 
     async def describe(self, index: str | None, row_ids: list[int]) -> list[dict[str, Any]]:
@@ -98,7 +100,7 @@ class IndexBackend:
         Raises:
             ApiError: 404 for an unknown index.
         """
-        with self._using(index) as searcher:
+        with self._using(index) as searcher, self.timings.time("metadata_get_time"):
             return await asyncio.to_thread(searcher.metadata.lookup, np.array(row_ids, np.int64))
 
     async def _nearest(
@@ -107,12 +109,13 @@ class IndexBackend:
         """Search and describe; what is hidden or collapsed is replaced by what comes after it."""
         wanted = k
         while True:
-            answer = await searcher.answer(rows, wanted, within)
+            with self.timings.time("knn_index_time"):
+                answer = await searcher.answer(rows, wanted, within)
             if not answer.shards_ok:
                 raise ApiError(
                     503, "no_shard", f"none of {answer.shards} index shards answered", "try again in seconds"
                 )
-            chosen = results.Chosen(k, collapse, self.coverage)
+            chosen = results.Chosen(k, collapse, self.coverage, self.timings)
             neighbours = await asyncio.to_thread(results.describe, searcher.metadata, answer, chosen)
             complete = all(len(near) == k for near in neighbours) or (answer.row_ids < 0).any()
             if complete or wanted >= MOST_ASKED * k:
@@ -208,17 +211,23 @@ class IndexBackend:
                     raise ApiError(404, "unknown_uid", "no sample of the index has this uid")
                 rows[at] = row
         if texts:
-            rows[list(texts)] = await self.encoder.encode_texts(list(texts.values()))
+            rows[list(texts)] = await self._encode_texts(list(texts.values()))
         if images:
             rows[list(images)] = await self._encode_images(list(images.values()))
         return rows
 
+    async def _encode_texts(self, texts: list[str]) -> np.ndarray:
+        with self.timings.time("text_clip_inference_time"):
+            return await self.encoder.encode_texts(texts)
+
     async def _encode_images(self, images: list[bytes]) -> np.ndarray:
         try:
-            pixels = [await asyncio.to_thread(self.preprocess.decode, image) for image in images]
+            with self.timings.time("image_prepro_time"):
+                pixels = [await asyncio.to_thread(self.preprocess.decode, image) for image in images]
         except ImageError as error:
             raise ApiError(400, error.reason, "the image does not decode: it is truncated or damaged") from None
-        return await self.encoder.encode_images(np.stack(pixels))
+        with self.timings.time("image_clip_inference_time"):
+            return await self.encoder.encode_images(np.stack(pixels))
 
     async def zero_shot(self, images: list[bytes], classes: list[str], templates: list[str]) -> np.ndarray:
         """Return (n, c) float32 similarities of n image files to c classes; prompts are encoded once per class set.
@@ -232,7 +241,7 @@ class IndexBackend:
         if weights is None:
             # replace, not format: a template is data, and format would reach into attributes
             prompts = [template.replace("{}", name) for name in classes for template in templates]
-            weights = class_weights(normalise(await self.encoder.encode_texts(prompts)), len(classes))
+            weights = class_weights(normalise(await self._encode_texts(prompts)), len(classes))
         self._class_sets[key] = weights
         if len(self._class_sets) > CACHED_CLASS_SETS:
             self._class_sets.popitem(last=False)

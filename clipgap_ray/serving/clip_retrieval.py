@@ -72,7 +72,7 @@ def add_routes(app: FastAPI, backend: Backend, limits: Limits, fetcher: Fetcher)
             k=max(asked.num_images, asked.num_result_ids or 0), index=asked.indice_name,
             collapse=DUPLICATE if asked.deduplicate else None,
         )  # fmt: skip
-        queries = await fetcher.fill(read_search(query, limits))
+        queries = await fetcher.fill(read_search(query, limits), backend.timings)
         found = await backend.search(query.index, queries, query.k, query.collapse)
         (near,) = found.neighbours
         return [

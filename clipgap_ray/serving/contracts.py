@@ -12,6 +12,7 @@ from clipgap_ray.serving.filters import Filter
 from clipgap_ray.serving.inputs import Query
 from clipgap_ray.serving.messages import IndexInfo, Neighbour, Readiness, SetInfo, SimilarityResult, SplitInfo
 from clipgap_ray.serving.metadata import Metadata
+from clipgap_ray.serving.timings import Timings
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Covered:
 
 class Backend(Protocol):
     """What `api.make_api` needs."""
+
+    timings: Timings
 
     async def search(
         self, index: str | None, queries: list[Query], k: int, collapse: float | None = None, within: Filter = ()

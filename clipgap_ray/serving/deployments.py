@@ -18,7 +18,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,8 @@ logger = logging.getLogger("clipgap")
 
 QUEUE = 256  # requests waiting per replica; more get 503
 ENCODER_BATCH = 16
+ENCODER_CPUS = 0.25
+DOWNSCALE_S = 120  # an encoder that nobody needed for so long goes
 ATTEMPTS = 10  # to reach all shards of a new version, each of up to `remote.PROBE_S`
 SURGE = 100  # per cent: when deployed again, a new replica answers before the old one stops
 
@@ -108,7 +110,7 @@ class IndexShardDeployment:
 
 
 @serve.deployment(
-    ray_actor_options={"num_cpus": 0.25},
+    ray_actor_options={"num_cpus": ENCODER_CPUS},
     max_ongoing_requests=QUEUE,
     max_surge_percent=SURGE,
     graceful_shutdown_timeout_s=5,
@@ -295,7 +297,28 @@ def build_app(args: ServeSettings | Mapping[str, Any]) -> serve.Application:
     operator = None
     if admin:
         operator = swap.OperatorDeployment.bind(indexes, split_files, settings.replicas)  # type: ignore[attr-defined]
-    return Gateway.bind(config, EncoderDeployment.bind(encoder), shards, operator)  # type: ignore[attr-defined]
+    return Gateway.bind(config, bind_encoder(settings, encoder), shards, operator)  # type: ignore[attr-defined]
+
+
+def bind_encoder(settings: ServeSettings, encoder: EncoderSettings) -> Any:
+    """Return the encoder's deployment: a fixed number of replicas or one that follows the load, on CPUs or GPUs.
+
+    A replica encodes up to ENCODER_BATCH requests at once: more under way per replica means that some wait.
+    """
+    options: dict[str, Any] = {"ray_actor_options": {"num_cpus": ENCODER_CPUS, "num_gpus": settings.encoder_gpus}}
+    if settings.encoder_max_replicas > settings.encoder_min_replicas:
+        options["autoscaling_config"] = {
+            "min_replicas": settings.encoder_min_replicas,
+            "max_replicas": settings.encoder_max_replicas,
+            "target_ongoing_requests": ENCODER_BATCH,
+            "upscale_delay_s": 5,
+            "downscale_delay_s": DOWNSCALE_S,
+        }
+    else:
+        options["num_replicas"] = settings.encoder_min_replicas
+    if settings.encoder_gpus:
+        encoder = replace(encoder, device="cuda")
+    return EncoderDeployment.options(**options).bind(encoder)  # type: ignore[attr-defined]
 
 
 def bind_shards(

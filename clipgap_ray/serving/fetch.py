@@ -11,6 +11,7 @@ never decompressed. A refused name gets one message whatever the reason: what it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import socket
 import ssl
@@ -25,6 +26,7 @@ import httpx
 from clipgap_ray import __version__
 from clipgap_ray.serving.inputs import Query, check_image
 from clipgap_ray.serving.messages import ApiError, Limits
+from clipgap_ray.serving.timings import Timings
 
 MAX_REDIRECTS = 3
 MAX_URL_CHARS = 2000
@@ -143,14 +145,18 @@ class Fetcher:
         self._tls: ssl.SSLContext | None = None
         self._slots = asyncio.Semaphore(AT_ONCE)
 
-    async def fill(self, queries: list[Query]) -> list[Query]:
-        """Return the queries with the images of their addresses.
+    async def fill(self, queries: list[Query], timings: Timings | None = None) -> list[Query]:
+        """Return the queries with the images of their addresses; downloads are timed.
 
         Raises:
             ApiError: 400 or 413, naming what is wrong with an address or with what lies there.
         """
         if not any(query.image_url for query in queries):
             return queries
+        with timings.time("download_time") if timings else contextlib.nullcontext():
+            return await self._fill(queries)
+
+    async def _fill(self, queries: list[Query]) -> list[Query]:
         allowance = Allowance(self.limits.body_bytes)
         try:
             async with asyncio.timeout(self.limits.image_url_s):

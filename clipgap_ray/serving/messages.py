@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -107,6 +107,8 @@ class SearchRequest(QueryFields):
     """Neighbours per query."""
     index: str | None = None
     """Which index; default: the first one."""
+    modality: Literal["image", "text"] | None = None
+    """What its rows are: without `index`, the first index of such rows answers."""
     collapse: float | None = pydantic.Field(default=None, ge=0, le=1)
     """Leave out a neighbour that is at least so alike to a nearer one: near duplicates are shown once."""
     filter: list[ConditionFields] = pydantic.Field(default=[], max_length=20)

@@ -1,13 +1,20 @@
-"""What a gateway asks over Serve's handles: the encoder, and the shards of one version of an index."""
+"""What a gateway asks over Serve's handles: the encoder, and the shards of one version of an index.
+
+A question whose replica dies under it is asked again, of another replica or of the one that comes back, within the same
+deadline: where a shard has two replicas, losing one changes no answer. Searching and encoding are safe to repeat.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import grpc
 import numpy as np
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -18,6 +25,13 @@ from clipgap_ray.serving.messages import ApiError, IndexInfo
 from clipgap_ray.serving.metadata import Metadata
 
 PROBE_S = 2.0
+ASKS = 3  # of a question whose replica dies
+AGAIN_S = 0.05  # until Serve's router has heard of it
+
+# What a call over a handle raises where the replica is at fault: Ray's and Serve's errors; gRPC's own come through
+# where replicas talk gRPC (RAY_SERVE_THROUGHPUT_OPTIMIZED).
+LOST = (RayError, RayServeException, grpc.RpcError)
+DIED = (RayActorError, grpc.RpcError)
 
 Neighbours = tuple[np.ndarray, np.ndarray]
 
@@ -40,17 +54,18 @@ class RemoteEncoder:
 
     async def encode_images(self, pixels: np.ndarray) -> np.ndarray:
         """Map (n, size, size, 3) uint8 to (n, d) float32 unit rows."""
-        return await _encoded(self.handle.encode_images.remote(pixels))
+        return await _encoded(partial(self.handle.encode_images.remote, pixels))
 
     async def encode_texts(self, texts: list[str]) -> np.ndarray:
         """Map n texts to (n, d) float32 unit rows."""
-        return await _encoded(self.handle.encode_texts.remote(texts))
+        return await _encoded(partial(self.handle.encode_texts.remote, texts))
 
 
-async def _encoded(response: Any) -> np.ndarray:
+async def _encoded(ask: Callable[[], Awaitable[Any]]) -> np.ndarray:
     try:
-        return await response
-    except (RayError, RayServeException):
+        rows: np.ndarray = await _patiently(ask)
+        return rows
+    except LOST:
         raise ApiError(503, "encoder_lost", "the encoder did not answer", "try again in seconds") from None
 
 
@@ -62,22 +77,33 @@ class RemoteSearcher:
 
     async def answer(self, queries: np.ndarray, k: int, within: Filter = ()) -> Answer:
         """Search (nq, d) unit rows; shards that are lost, late or of another version are left out and counted."""
-        calls = [handle.search.remote(ShardQuery(self.info.version, queries, k, within)) for handle in self.handles]
-        answers = await asyncio.gather(*(_within(call, self.timeout_s) for call in calls))
+        question = ShardQuery(self.info.version, queries, k, within)
+        calls = (_within(partial(handle.search.remote, question), self.timeout_s) for handle in self.handles)
+        answers = await asyncio.gather(*calls)
         parts: list[Neighbours] = [part for part in answers if part is not None]
         nothing = np.full((len(queries), 1), -np.inf, np.float32), np.full((len(queries), 1), -1, np.int64)
         return Answer(*merge_topk(parts or [nothing], k), len(parts), len(self.handles))
 
     async def shards_ok(self) -> int:
         """Return how many shards answer with the right version."""
-        calls = [handle.describe.remote() for handle in self.handles]
-        states = await asyncio.gather(*(_within(call, PROBE_S) for call in calls))
+        states = await asyncio.gather(*(_within(handle.describe.remote, PROBE_S) for handle in self.handles))
         return sum(state is not None and state["version"] == self.info.version for state in states)
 
 
-async def _within(response: Any, timeout_s: float) -> Any:
-    """The response, or None when the replica died or is too slow."""
+async def _within(ask: Callable[[], Awaitable[Any]], timeout_s: float) -> Any:
+    """The answer, or None when no replica gave one in time."""
     try:
-        return await asyncio.wait_for(response, timeout_s)
-    except (RayError, RayServeException, TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            return await _patiently(ask)
+    except (*LOST, TimeoutError):
         return None
+
+
+async def _patiently(ask: Callable[[], Awaitable[Any]]) -> Any:
+    """The answer to a question, asked again while replicas die under it."""
+    for _ in range(ASKS - 1):
+        try:
+            return await ask()
+        except DIED:
+            await asyncio.sleep(AGAIN_S)
+    return await ask()

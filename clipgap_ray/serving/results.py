@@ -14,17 +14,19 @@ from clipgap_ray.serving.coverage import Coverage
 from clipgap_ray.serving.inputs import Query
 from clipgap_ray.serving.messages import ApiError, Neighbour, SimilarityResult
 from clipgap_ray.serving.metadata import Metadata
+from clipgap_ray.serving.timings import Timings
 
 THUMBNAIL_PX = 256
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """How many neighbours to show, how alike to each other at most, and by which splits to mark them."""
+    """How many neighbours to show, how alike to each other at most, by which splits to mark them; who measures it."""
 
     k: int
     collapse: float | None
     coverage: Coverage | None
+    timings: Timings
 
 
 def describe(metadata: Metadata, answer: Answer, chosen: Chosen) -> list[list[Neighbour]]:
@@ -36,7 +38,8 @@ def describe(metadata: Metadata, answer: Answer, chosen: Chosen) -> list[list[Ne
         chosen: What to leave out and to add.
     """
     coverage = chosen.coverage
-    flat = iter(metadata.lookup(answer.row_ids[answer.row_ids >= 0]))
+    with chosen.timings.time("metadata_get_time"):
+        flat = iter(metadata.lookup(answer.row_ids[answer.row_ids >= 0]))
     found = [
         [
             Neighbour(row_id=int(row_id), row_id_str=str(row_id), similarity=float(similarity), **facts)
@@ -46,7 +49,8 @@ def describe(metadata: Metadata, answer: Answer, chosen: Chosen) -> list[list[Ne
         for ids, similarities in zip(answer.row_ids, answer.similarities, strict=True)
     ]
     if chosen.collapse is not None:
-        found = [_collapsed(metadata, near, chosen.collapse) for near in found]
+        with chosen.timings.time("dedup_time"):
+            found = [_collapsed(metadata, near, chosen.collapse) for near in found]
     found = [near[: chosen.k] for near in found]
     if coverage is not None and coverage.splits:
         near = [neighbour for row in found for neighbour in row if neighbour.uid]

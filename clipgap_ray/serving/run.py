@@ -14,10 +14,14 @@ from collections.abc import Iterator
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 
 from clipgap_ray.config.serve import TOKEN_VARIABLE, ServeSettings
-from clipgap_ray.errors import ConfigError
+from clipgap_ray.errors import ClipgapError, ConfigError
+from clipgap_ray.serving import ports, switches
 from clipgap_ray.serving.deployments import build_app, check_exposure
+
+logger = logging.getLogger("clipgap")
 
 APP = "clipgap"
 LOCAL_CPUS = 4  # logical: the deployments ask for fractions, so two cores are enough
@@ -37,8 +41,11 @@ def run(settings: ServeSettings) -> None:
     _check_port(settings.host, settings.port)
     with _cluster():
         _check_no_other_serve()
+        _check_gpus(settings)
         try:
             deploy(app, settings)
+            for line in open_ports(settings):
+                logger.warning("%s", line)
             sys.stdout.write(f"serving; try:\n{example(settings)}\n")
             sys.stdout.flush()
             _wait_for_signal()
@@ -47,10 +54,29 @@ def run(settings: ServeSettings) -> None:
 
 
 def deploy(app: serve.Application, settings: ServeSettings) -> None:
-    """Start Serve's proxy on the settings' address and run the application; returns when it is healthy."""
+    """Start Serve's proxy on the settings' address and run the application; returns when it is healthy.
+
+    Raises:
+        ClipgapError: If the proxy does not start.
+    """
     http = {"host": settings.host, "port": settings.port, "request_timeout_s": REQUEST_TIMEOUT_S}
-    serve.start(http_options=http)
+    try:
+        serve.start(http_options=http)
+    except RayError as error:
+        said = str(error).strip().splitlines()[-1]
+        hint = "--no-haproxy answers with Serve's own proxy" if switches.haproxy_ports() else None
+        raise ClipgapError(f"the proxy does not listen on {settings.host}:{settings.port}: {said}", hint) from error
     serve.run(app, name=APP, route_prefix="/", logging_config={"log_level": "WARNING", "enable_access_log": False})
+
+
+def open_ports(settings: ServeSettings) -> list[str]:
+    """Return lines on what listens on other interfaces than was asked for; see `ports`."""
+    if os.environ.get("RAY_ADDRESS"):
+        return ["ports that the nodes of this cluster open besides, and what to close: docs/cluster.md, What is open"]
+    found = ports.listening(ports.descendants(os.getpid()))
+    metrics = [node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]]
+    has_token = os.environ.get("RAY_AUTH_MODE") == "token"
+    return ports.explain(found, [settings.port], switches.haproxy_ports(), metrics, has_token)
 
 
 def example(settings: ServeSettings) -> str:
@@ -71,6 +97,16 @@ def _check_no_other_serve() -> None:
         raise ConfigError(
             "Ray Serve runs on this cluster already, with its own address and applications",
             hint="add ours to it: serve deploy serve/config.yaml",
+        )
+
+
+def _check_gpus(settings: ServeSettings) -> None:
+    """Serve would wait for a GPU for ever; on a cluster an autoscaler may bring one."""
+    there = ray.cluster_resources().get("GPU", 0.0)
+    if settings.encoder_gpus > there and not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(
+            f"--encoder-gpus {settings.encoder_gpus:g}, but this machine has {there:g} GPUs",
+            hint="--encoder-gpus 0 encodes on CPUs",
         )
 
 

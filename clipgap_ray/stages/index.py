@@ -30,6 +30,7 @@ from clipgap_ray.index import shard_uri
 from clipgap_ray.kernels import faiss_index
 from clipgap_ray.kernels.nearest_exact import nearest
 from clipgap_ray.kernels.topk import merge_topk
+from clipgap_ray.stages.index_merge import merge_index
 from clipgap_ray.stages.session import Progress, bounded, connect, logger
 from clipgap_ray.stages.sharded import ACTOR_CPUS, ShardActor, ShardedIndex, Source, read_empty, write_empty
 
@@ -74,14 +75,23 @@ def _committed(uri: str) -> dict[int, dict[str, Any]]:
         return rundir.CommitLog(uri).records
 
 
-def run(settings: IndexSettings) -> rundir.Summary:
-    """Build the index, or add the parts that are new since the last run.
+def run(settings: IndexSettings) -> rundir.Summary | dict[str, Any]:
+    """Build the index, or add the parts that are new since the last run; merge it where that is asked for.
 
     Raises:
         ConfigError: On an impossible key, or when recall stays below `min_recall` (no manifest is written then).
         StaleOutputError: If `out` was written with other settings, or a part of the source has changed since.
         ShardLostError: If builders die again and again.
     """
+    summary = build(settings) if settings.source else None
+    merged = merge_index(settings.out, settings.merge) if settings.merge else None
+    if summary is None:
+        return {"merged": settings.merge, **(merged or {})}
+    return summary
+
+
+def build(settings: IndexSettings) -> rundir.Summary:
+    """Build the index, or add the parts that are new since the last run; errors as of `run`."""
     source = open_source(settings)
     connect()
     guarded = {**settings.fingerprint(), "embeddings": settings.source, "encoder": identity(source.rows.encoder)}

@@ -22,6 +22,7 @@ from clipgap_ray.serving.api import make_api
 from clipgap_ray.serving.coverage import Coverage
 from clipgap_ray.serving.local import LocalBackend
 from clipgap_ray.serving.metadata import Metadata
+from clipgap_ray.serving.timings import Timings
 from tests import twins
 from tests.index_fixture import DIM, FINGERPRINT, uid, unit_rows, write_embeddings
 
@@ -154,7 +155,7 @@ def test_the_client_and_the_list_of_splits(client: TestClient) -> None:
 
 def test_without_scores_the_route_says_what_to_do(places: tuple[str, str, tuple[str, ...]], client: TestClient) -> None:
     backend = LocalBackend.__new__(LocalBackend)
-    backend.coverage = None
+    backend.coverage, backend.timings = None, Timings()
     bare = TestClient(make_api(backend))
     answer = bare.post("/v1/similarity", json={"text": "x"})
     assert answer.status_code == 404

@@ -350,6 +350,7 @@ def test_the_routes_search_by_address_where_it_is_allowed(backend: LocalBackend)
             "/knn-service", json={"image_url": url, "modality": "image", "num_images": 3, "indice_name": "pool"}
         )
         assert [row["id"] for row in old.json()] == [row["row_id"] for row in by_image[0][:3]]
+        assert "download_time_count 2.0" in client.get("/metrics").text
         refused = client.post("/v1/search", json={"queries": [{"text": "a"}, {"image_url": "http://127.0.0.1:22/"}]})
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_image_url")
     with TestClient(make_api(backend, LIMITS)) as client:  # the real one

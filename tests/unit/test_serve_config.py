@@ -8,6 +8,7 @@ import yaml
 
 from clipgap_ray.config.index import IndexSettings
 from clipgap_ray.config.serve import ServeSettings
+from clipgap_ray.encoder import EncoderSettings
 from clipgap_ray.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +50,43 @@ def test_the_import_path_is_our_file_and_does_no_work_at_import() -> None:
     assert len(path.read_text().splitlines()) <= 30
 
 
+def encoder_of(**words: float) -> tuple[dict, EncoderSettings]:
+    """What Serve is told of the encoder's deployment, as its schema has it, and what its replicas build."""
+    from ray.serve.schema import DeploymentSchema
+
+    from clipgap_ray.serving.deployments import bind_encoder
+
+    settings = ServeSettings.load({**APPLICATION["args"], **words}, "serve/config.yaml")
+    deployment = bind_encoder(settings, EncoderSettings("projection"))._bound_deployment
+    config = deployment._deployment_config
+    told = {"name": deployment.name, "ray_actor_options": deployment.ray_actor_options}
+    if config.autoscaling_config is None:
+        told["num_replicas"] = config.num_replicas
+    else:
+        told["autoscaling_config"] = config.autoscaling_config.model_dump(exclude_unset=True)
+    assert set(told) <= set(DeploymentSchema.model_fields)
+    DeploymentSchema.model_validate(told)
+    return told, deployment.init_args[0]
+
+
+def test_the_encoder_of_the_config_file_follows_the_load() -> None:
+    told, built = encoder_of()
+    scaling = told["autoscaling_config"]
+    assert (scaling["min_replicas"], scaling["max_replicas"], scaling["target_ongoing_requests"]) == (1, 4, 16)
+    assert told["ray_actor_options"]["num_gpus"] == 0
+    assert built.device == "cpu"
+
+
+def test_the_encoder_may_share_a_gpu_or_stay_as_it_is() -> None:
+    told, built = encoder_of(encoder_gpus=0.25, encoder_min_replicas=2, encoder_max_replicas=8)
+    assert told["ray_actor_options"]["num_gpus"] == 0.25
+    assert built.device == "cuda"
+    assert told["autoscaling_config"]["min_replicas"] == 2
+    told, _ = encoder_of(encoder_min_replicas=3, encoder_max_replicas=3)
+    assert told["num_replicas"] == 3
+    assert "autoscaling_config" not in told
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
 def test_a_public_address_needs_a_token(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from clipgap_ray.serving.deployments import check_exposure
@@ -74,6 +112,9 @@ def test_loopback_needs_none(host: str) -> None:
         ({"index": ["Pool=x"]}, "does not match"),
         ({"index": ["a=x", "a=y"]}, "names 'a' twice"),
         ({"index": ["a=x"], "port": 0}, "port is 0"),
+        ({"index": ["a=x"], "encoder_min_replicas": 3, "encoder_max_replicas": 2}, "2 is less than"),
+        ({"index": ["a=x"], "encoder_gpus": 1.5}, "above 1 Ray knows whole GPUs only"),
+        ({"index": ["a=x"], "encoder_gpus": -1}, "encoder_gpus is -1"),
         ({"index": ["a=x"], "max_kk": 1}, "unknown setting 'max_kk'"),
     ],
 )

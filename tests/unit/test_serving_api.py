@@ -360,6 +360,40 @@ def test_metrics_count_routes_and_degraded_answers(backend: LocalBackend, monkey
     assert "clipgap_degraded_answers_total 1.0" in text
 
 
+def test_times_have_the_names_of_clip_retrieval(backend: LocalBackend) -> None:
+    """The names are copied from its source (peers.md 4.9), not from ours."""
+    names = {
+        "full_knn_request_time", "download_time", "text_clip_inference_time", "image_clip_inference_time",
+        "metadata_get_time", "knn_index_time", "dedup_time", "safety_time", "image_prepro_time", "text_prepro_time",
+    }  # fmt: skip
+    knn = {"modality": "image", "num_images": 3, "indice_name": "pool"}
+
+    def counts(client: TestClient) -> dict[str, float]:
+        found = re.findall(r"^(\w+_time)_count ([\d.]+)$", client.get("/metrics").text, re.M)
+        return {name: float(count) for name, count in found}
+
+    with TestClient(make_api(backend, LIMITS)) as client:
+        before = counts(client)
+        assert set(before) == names
+        client.post("/v1/search", json={"text": "a red bird", "collapse": 0.9})
+        client.post("/v1/search", json={"image": _b64(_pattern(0))})
+        client.post("/knn-service", json={**knn, "text": "x"})
+        client.post("/metadata", json={"indice_name": "pool", "ids": [0, 1]})
+        client.post("/v1/zero-shot", json={"image": _b64(_pattern(1)), "classes": ["timed"]})
+        client.post("/v1/search", json={"k": 0, "text": "refused"})
+        after = counts(client)
+        text = client.get("/metrics").text
+    more = {name: after[name] - before[name] for name in names}
+    assert more == {
+        "full_knn_request_time": 3, "knn_index_time": 3, "metadata_get_time": 4, "dedup_time": 1,
+        "text_clip_inference_time": 3, "image_clip_inference_time": 2, "image_prepro_time": 2,
+        "download_time": 0, "safety_time": 0, "text_prepro_time": 0,
+    }  # fmt: skip
+    assert 'full_knn_request_time_bucket{le="0.005"}' in text
+    seconds = float(re.search(r"^full_knn_request_time_sum ([\d.e-]+)$", text, re.M)[1])
+    assert 0 < seconds < 60
+
+
 def test_requests_have_an_id_and_the_log_says_nothing_of_what_was_asked(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
