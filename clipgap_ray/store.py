@@ -224,7 +224,7 @@ def fetch(uri: str, path: str) -> None:
         StorageError: If the store does not answer, or the disk is full.
     """
     fs, inside = filesystem(uri)
-    with _room(path):
+    with room(path):
         try:
             patiently(uri, lambda: fs.get_file(inside, path))
         except FileNotFoundError:
