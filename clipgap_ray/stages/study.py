@@ -64,14 +64,13 @@ def run(settings: RunSettings) -> rundir.Summary:
     refused = study_analyses.run(study_analyses.steps(file, out, data, metric, settings.device))
     store.write_json(f"{out}/study.json", _description(file, data, metric))
     found = findings.run(out, file.assert_effects)
-    _step("report")
-    page = report.run(ReportSettings(study=out))
+    page = _report(out)
     _step("index")
     index.run(IndexSettings(embeddings=f"{out}/embed/pool", out=f"{out}/index", shards=file.index_shards))
     findings.check(out, found)
     study_analyses.raise_refused(out, refused)
     summary = rundir.Summary("run", seconds=time.monotonic() - started)
-    summary.extra = {"report": page.extra.get("page", f"{out}/report/index.html"), "splits": splits, "findings": found}
+    summary.extra = {"report": page, "splits": splits, "findings": found}
     logger.info("study %s is complete: open %s", file.name, summary.extra["report"])
     return summary
 
@@ -84,6 +83,30 @@ def demo(settings: DemoSettings) -> rundir.Summary:
 
 def _step(name: str) -> None:
     logger.info("-- %s", name)
+
+
+def _report(out: str) -> str:
+    """Write the page, unless all that it is made of is as it was when the page was written; returns where it is."""
+    folder = f"{out}/report"
+    if not store.exists(f"{folder}/index.html"):
+        store.remove(f"{folder}/{study_analyses.MADE_FROM}")
+    study_analyses.Step("report", report.run, ReportSettings(study=out, out=folder), tuple(_manifests(out)))()
+    return f"{folder}/index.html"
+
+
+def _manifests(out: str) -> list[str]:
+    """The files of a study that hold the digests of all others."""
+    found = [f"{out}/study.json", f"{out}/report/findings.json"]
+    for folder in store.list_names(out):
+        if folder in ("report", "world", "index"):
+            continue
+        for name in store.list_names(f"{out}/{folder}"):
+            if name.endswith(("manifest.json", "recipe.json", study_analyses.MADE_FROM)):
+                found.append(f"{out}/{folder}/{name}")
+            elif "." not in name:
+                nested = (f"{out}/{folder}/{name}/{file}" for file in ("manifest.json", study_analyses.MADE_FROM))
+                found += [uri for uri in nested if store.exists(uri)]
+    return found
 
 
 def _train_settings(file: StudyFile, run: RunSection, seed: int, out: str, data: Data, device: str) -> TrainSettings:

@@ -117,6 +117,7 @@ def test_a_second_run_skips_everything(study):
     assert embeddings
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in embeddings.items())
     assert "ETA" not in result.stderr.replace("index", "")
+    assert "report is there already" in result.stderr
 
 
 def test_the_index_answers_exactly(study):
@@ -162,5 +163,5 @@ def test_analyses_that_are_asked_for_later_are_added_and_then_skipped(study, tmp
     before = {path: path.stat().st_mtime_ns for path in (out / name for name in made)}
     again = _clipgap(*words)
     assert again.returncode == 0, again.stderr[-4000:]
-    assert again.stderr.count("is there already") == 3
+    assert again.stderr.count("is there already") == 4  # the report, too
     assert {path: path.stat().st_mtime_ns for path in before} == before
