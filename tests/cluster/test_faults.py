@@ -106,8 +106,10 @@ def moment_of_birth(out: Path, driver: Driver) -> float:
 
 
 def results(stage: str, files: dict[str, bytes]) -> dict[str, bytes]:
-    """The files that make up the result, less what tells the time."""
-    chosen = {name: data for name, data in files.items() if name.startswith(RESULTS[stage])}
+    """The files that make up the result, less what tells the time, and less what a killed writer left unfinished."""
+    chosen = {
+        name: data for name, data in files.items() if name.startswith(RESULTS[stage]) and not name.endswith(".tmp")
+    }
     if stage == "train":
         rows = [json.loads(line) for line in chosen["metrics.jsonl"].splitlines()]
         kept = [{key: value for key, value in row.items() if key not in OF_THE_CLOCK} for row in rows]
