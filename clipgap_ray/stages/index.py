@@ -342,8 +342,10 @@ def _exact(source: Source, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     """Exact neighbours of (nq, d) queries over the whole source, enough of them to see ties at the tenth."""
     width = 2 * RECALL_K + 1
     shared = ray.put((source, queries))
-    task = ray.remote(num_cpus=1)(_exact_in_group)
-    parts = bounded(lambda group: task.remote(shared, group, width), source.rows.groups(BATCH_BYTES))
+    # Half a CPU: builders hold theirs meanwhile, and where each is on a node of one CPU, no node has a whole one free.
+    task = ray.remote(num_cpus=0.5)(_exact_in_group)
+    parts = bounded(lambda group: task.remote(shared, group, width), source.rows.groups(BATCH_BYTES),
+                    needs={"CPU": 0.5})  # fmt: skip
     return merge_topk(list(parts), width)
 
 
