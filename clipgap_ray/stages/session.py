@@ -46,6 +46,8 @@ def connect() -> None:
         return
     # A private cluster needs no token on disk: without this Ray writes one into the home directory.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Nobody reclaims this machine: Ray Train need not start a process that watches for it.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     with _quiet_stderr():
         _start_private()
 

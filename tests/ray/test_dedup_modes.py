@@ -194,7 +194,7 @@ def brute_keep(
 
 
 @pytest.mark.parametrize("probes", [1, 2, 3])
-@pytest.mark.parametrize("unit_bytes", [1, 3000, 1 << 27])
+@pytest.mark.parametrize("unit_bytes", [pytest.param(1, marks=pytest.mark.slow), 3000, 1 << 27])
 @pytest.mark.parametrize("rule", ["greedy", "components"])
 def test_partitions_equal_brute_force_whatever_the_units(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, probes: int, unit_bytes: int, rule: str

@@ -190,6 +190,7 @@ def test_what_a_takedown_list_names_is_left_out_and_counted(
         embed.run(settings(source, out, blocklist=str(takedown)))
 
 
+@pytest.mark.slow
 def test_an_image_only_encoder_leaves_the_text_rows_out(tiny_world: made.World, tmp_path: Path) -> None:
     out = str(tmp_path / "emb")
     words = {"model": "timm:test_vit.r160_in1k", "pretrained": "random"}

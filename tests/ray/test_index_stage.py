@@ -74,6 +74,7 @@ def test_a_lost_shard_is_built_again_from_its_parts(tmp_path: Path) -> None:
     _agrees(out, parts)
 
 
+@pytest.mark.slow
 def test_a_builder_that_dies_gets_its_parts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [unit_rows(30, seed) for seed in range(6)]
     source, out = write_embeddings(tmp_path / "emb", parts), str(tmp_path / "index")
@@ -143,6 +144,7 @@ def test_follow_adds_parts_as_they_are_committed_until_the_manifest_is_there(tmp
     assert stage.run(IndexSettings(embeddings=source, out=out, recall_queries=5)).parts_skipped == 3
 
 
+@pytest.mark.slow
 def test_a_dead_actor_is_a_lost_shard_then_whole_again(tmp_path: Path) -> None:
     parts = [unit_rows(20, seed) for seed in range(2)]
     source, out = write_embeddings(tmp_path / "emb", parts), str(tmp_path / "index")

@@ -1,8 +1,8 @@
 """SIGKILL at the worst moment, run again, compare with a run that nobody disturbed (contract 6).
 
 The driver of embed, score, dedup and export kills itself between the files of its second part and that part's
-commit: one part is committed, one is written and must be written again, the rest is missing. Train is in a file of its
-own: it is the slowest.
+commit: one part is committed, one is written and must be written again, the rest is missing. Train's is in
+test_train_stage, beside the run that it must equal.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def test_finishing_leaves_few_segments_for_readers(tmp_path: Path) -> None:
     assert len(segments(tmp_path)) <= rundir.COMPACT_ABOVE
 
 
-@pytest.mark.parametrize("compacted", [True, False])
+@pytest.mark.parametrize("compacted", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_resume_at_the_size_of_laion_is_quick_and_small(tmp_path: Path, compacted: bool) -> None:
     hashes = {kind: "0" * 64 for kind in ("img_emb", "text_emb", "metadata", "ledger")}
     lines = [
