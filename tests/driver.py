@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import shutil
@@ -59,6 +58,15 @@ def until(condition: Callable[[], Any], what: str, limit_s: float = DRIVER_LIMIT
         if time.monotonic() > deadline:
             pytest.fail(f"{what} did not happen within {limit_s} s")
         time.sleep(0.01)  # between two looks, not instead of one
+
+
+@contextlib.contextmanager
+def ray_folder() -> Iterator[str]:
+    """A directory short enough for Ray's sockets, removed once no process names it any more."""
+    folder = tempfile.mkdtemp(prefix="cg-", dir="/tmp")
+    yield folder
+    until(lambda: not pids_with(folder), "the end of Ray's processes", 60)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 class Driver(subprocess.Popen[bytes]):

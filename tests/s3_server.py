@@ -99,7 +99,7 @@ class S3Server:
         self.authorizations.append(request.headers.get("Authorization", ""))
         if not self.authorizations[-1]:  # everything is public here; moto would ask for a signature
             environ["HTTP_AUTHORIZATION"] = "AWS4-HMAC-SHA256 Credential=anyone/20260101/us-east-1/s3/aws4_request"
-        time.sleep(self.delay_s)
+        time.sleep(self.delay_s)  # a slow server is what some tests are about
         failure = self._next_failure(request.method)
         if failure == "error":
             text = "<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>"

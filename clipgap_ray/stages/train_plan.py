@@ -91,7 +91,7 @@ def make_plan(settings: TrainSettings, out: str, image_size: int) -> tuple[Plan,
         accumulated = f" x --accum-freq {settings.accum_freq}" if settings.accum_freq > 1 else ""
         raise ConfigError(
             f"{chosen.kept} samples and --num-samples {settings.num_samples} are less than one step of "
-            f"{settings.workers} workers x {settings.batch_size}{accumulated}",
+            f"--workers {settings.workers} x --batch-size {settings.batch_size}{accumulated}",
             hint="lower --batch-size or --workers, or raise --num-samples",
         )
     order = _order(settings, np.array([part.count for part in chosen.parts]), sources)

@@ -10,12 +10,10 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from clipgap_ray.config.embed import EmbedSettings
 from clipgap_ray.config.score import ScoreSettings
 from clipgap_ray.stages import embed, score
 from tests import made
-from tests.driver import DRIVER, Driver, pids_with, until
+from tests.driver import DRIVER, Driver, pids_with, ray_folder, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -54,7 +52,7 @@ def watch():
         with open(os.environ["SEEN"] + ".tmp", "w") as file:
             json.dump(most, file)
         os.replace(os.environ["SEEN"] + ".tmp", os.environ["SEEN"])
-        time.sleep(0.2)
+        time.sleep(0.2)  # between two looks
 threading.Thread(target=watch, daemon=True).start()
 """
 COUNT = """
@@ -142,12 +140,10 @@ class Autoscaled:
 
 @pytest.fixture
 def cluster() -> Iterator[Autoscaled]:
-    folder = tempfile.mkdtemp(prefix="cg-auto-", dir="/tmp")
-    autoscaled = Autoscaled(folder)
-    yield autoscaled
-    autoscaled.close()
-    until(lambda: not pids_with(folder), "the end of Ray's processes", 60)
-    shutil.rmtree(folder, ignore_errors=True)
+    with ray_folder() as folder:
+        autoscaled = Autoscaled(folder)
+        yield autoscaled
+        autoscaled.close()
 
 
 def test_nodes_come_for_a_job_and_go_when_idle(

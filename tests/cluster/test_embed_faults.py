@@ -7,9 +7,7 @@ end the folder is, to the last bit, that of a run without Ray that nobody distur
 from __future__ import annotations
 
 import random
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +18,7 @@ from clipgap_ray import rundir, store
 from clipgap_ray.config.embed import EmbedSettings
 from clipgap_ray.stages import embed
 from tests import made
-from tests.driver import Driver, pids_with, until
+from tests.driver import Driver, ray_folder, until
 from tests.two_nodes import TwoNodes
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -31,12 +29,10 @@ LIMIT_S = 400.0
 
 @pytest.fixture
 def two_nodes() -> Iterator[TwoNodes]:
-    folder = tempfile.mkdtemp(prefix="cg-faults-", dir="/tmp")
-    cluster = TwoNodes(folder)
-    yield cluster
-    cluster.close()
-    until(lambda: not pids_with(folder), "the end of Ray's processes", 60)
-    shutil.rmtree(folder, ignore_errors=True)
+    with ray_folder() as folder:
+        cluster = TwoNodes(folder)
+        yield cluster
+        cluster.close()
 
 
 def wait_for(out: str, commits: int, driver: Driver, seconds: float) -> None:

@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -33,7 +32,7 @@ from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.kernels import subsets
 from clipgap_ray.stages import dedup, embed, evaluate, export, index, score, train
 from tests import made, s3_server
-from tests.driver import Driver, pids_with, until
+from tests.driver import Driver, ray_folder, until
 from tests.two_nodes import TwoNodes
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -127,20 +126,17 @@ def too_small(stage: str, expected: dict[str, bytes]) -> int:
 def lab(
     tiny_world: made.World, tiny_embeddings: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Lab]:
-    folder = tempfile.mkdtemp(prefix="cg-lab-", dir="/tmp")
     inputs = tmp_path_factory.mktemp("lab")
     uids = EmbeddingSet.open(tiny_embeddings["pool"]).all_metadata(["uid"]).column("uid")
     split = str(inputs / "half.npy")
     store.write_bytes(split, store.array_bytes(subsets.sorted_unique(schema.pack_uids(uids))[::2]))
     given = {"pool": tiny_world.path("pool"), "tests": tiny_world.path("tests"), "embeddings": tiny_embeddings,
              "split": split, "samples": str(inputs / "samples")}  # fmt: skip
-    with s3_server.running() as s3:
+    with ray_folder() as folder, s3_server.running() as s3:
         s3.put("bucket", "ready", b"")
         cluster = TwoNodes(folder, **s3_server.CREDENTIALS, AWS_ENDPOINT_URL=s3.url)
         yield Lab(cluster, s3, given, {})
         cluster.close()
-    until(lambda: not pids_with(folder), "the end of Ray's processes", 60)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

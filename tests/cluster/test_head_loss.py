@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from clipgap_ray.config.embed import EmbedSettings
 from clipgap_ray.config.score import ScoreSettings
 from clipgap_ray.stages import embed, score
 from tests import made
-from tests.driver import pids_with, until
+from tests.driver import pids_with, ray_folder, until
 from tests.two_nodes import TwoNodes
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -26,11 +24,8 @@ KINDS = ("img_emb", "text_emb", "metadata", "ledger")
 
 @pytest.fixture
 def folder() -> Iterator[str]:
-    """A short directory for sockets."""
-    made_here = tempfile.mkdtemp(prefix="cg-head-", dir="/tmp")
-    yield made_here
-    until(lambda: not pids_with(made_here), "the end of Ray's processes", 60)
-    shutil.rmtree(made_here, ignore_errors=True)
+    with ray_folder() as short:
+        yield short
 
 
 def settings(world: made.World, out: Path) -> EmbedSettings:

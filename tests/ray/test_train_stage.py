@@ -178,7 +178,7 @@ def test_impossible_runs_are_refused(
         run(objective="supervised")
     with pytest.raises(DataError, match=r"none of its .* uids is in .*coverage 0 %"):
         run(split=words["split"], source=tiny_world.path("reference"), samples=str(tmp_path / "other"))
-    with pytest.raises(ConfigError, match="less than one step of 1 workers x 16"):
+    with pytest.raises(ConfigError, match="less than one step of --workers 1 x --batch-size 16"):
         run(num_samples=15)
     with pytest.raises(ConfigError, match="unknown model 'conv-65-test'; nearest names: conv-64-test"):
         run(model="conv-65-test")
