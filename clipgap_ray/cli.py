@@ -37,6 +37,7 @@ VERBS = {
     "import": Verb("embed:ImportSettings", "stages.imports:run", "bring ready embeddings into the layout"),
     "embed": Verb("embed:EmbedSettings", "stages.embed:run", "embed images and captions, one part per shard"),
     "plan": Verb("embed:PlanSettings", "stages.plan:run", "rows, disk, memory and time of an embed job, from a probe"),
+    "plan-study": Verb("plan:StudyPlanSettings", "stages.plan_study:run", "time, cost, disk and memory of a study"),
     "dedup": Verb("dedup:DedupSettings", "stages.dedup:run", "find duplicates and decide which rows stay"),
     "score": Verb("score:ScoreSettings", "stages.score:run", "one exact pass: pool rows against all test sets"),
     "index": Verb("index:IndexSettings", "stages.index:run", "build a sharded FAISS index"),

@@ -17,6 +17,11 @@ def run(settings: StatusSettings) -> dict[str, Any]:
     """
     root = settings.directory.rstrip("/")
     found = {uri.removeprefix(root).lstrip("/") or ".": _stage(uri) for uri in _directories(root)}
+    planned = store.join(root, "plan.json")  # of `clipgap plan-study --out`
+    if store.exists(planned):
+        for name, step in store.read_json(planned)["steps"].items():
+            if name in found:
+                found[name]["predicted_seconds"] = step["seconds"]
     if not found:
         raise DataError(f"{root} holds no stage's output", hint="give the --out directory of a command or a study")
     return {"directory": root, "stages": found}
@@ -37,6 +42,7 @@ def _stage(uri: str) -> dict[str, Any]:
     for record in rundir.CommitLog(uri).records.values():
         summary.add(record)
     parts_path = store.join(uri, "parts.json")
+    ended = store.join(uri, "summary.json")
     known = len(store.read_json(parts_path)) if store.exists(parts_path) else None
     return {
         "stage": summary.stage,
@@ -45,4 +51,5 @@ def _stage(uri: str) -> dict[str, Any]:
         "parts_known": known,
         "rows": summary.kept,
         "dropped": summary.dropped,
+        "seconds": store.read_json(ended)["seconds"] if store.exists(ended) else None,
     }

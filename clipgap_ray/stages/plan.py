@@ -50,9 +50,9 @@ def run(settings: PlanSettings) -> dict[str, Any]:
     plan = ReadPlan(
         tuple(output.preprocess for output in outputs), CHUNK_ROWS, settings.sample, test_set, blocked, store.options()
     )
-    counted = _spread(shards)
+    counted = spread(shards)
     rows = round(statistics.mean(estimate_rows(shard) for shard in counted) * len(shards) * min(settings.sample, 1.0))
-    seen = _probe_reading(plan, shards, settings.probe_rows)
+    seen = probe_reading(plan, shards, settings.probe_rows)
     encode_s, bytes_per_row, built = 0.0, 0.0, []
     for output in outputs:
         placed = embed_outputs.on_this_device(output, settings, device)
@@ -109,13 +109,13 @@ def _here(settings: PlanSettings) -> tuple[str, int]:
     return ("cuda", gpus) if gpus else ("cpu", 0)
 
 
-def _spread(shards: list[Shard]) -> list[Shard]:
+def spread(shards: list[Shard]) -> list[Shard]:
     """A few shards over the whole list: the first and the last are often odd."""
     step = max(1, len(shards) // SHARDS_COUNTED)
     return shards[::step][:SHARDS_COUNTED]
 
 
-def _probe_reading(plan: ReadPlan, shards: list[Shard], wanted: int) -> dict[str, float]:
+def probe_reading(plan: ReadPlan, shards: list[Shard], wanted: int) -> dict[str, float]:
     """Read some samples as the job would; returns counts, and CPU seconds and bytes per image."""
     rows = images = image_bytes = metadata_bytes = 0
     reading = 0.0

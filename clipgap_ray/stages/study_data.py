@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from clipgap_ray import store, world
+from clipgap_ray import world
 from clipgap_ray.config.study import StudyFile
 from clipgap_ray.config.world import WorldSettings
 from clipgap_ray.stages import world as world_stage
@@ -27,12 +27,18 @@ class Data:
 
 def prepare(file: StudyFile, out: str) -> Data:
     """Render the study's world, unless it names real data."""
+    if file.world is not None:
+        logger.info("-- world")
+        world_stage.run(WorldSettings(out=f"{out}/world", **file.world.model_dump()))
+    return locate(file, out)
+
+
+def locate(file: StudyFile, out: str) -> Data:
+    """Return where the study's data lies, rendered or not yet."""
     if file.data is not None:
         return Data(file.data.pool, file.data.reference, dict(file.data.tests), dict(file.data.crop))
     assert file.world is not None  # StudyFile checks that one of the two is there
-    logger.info("-- world")
     values = file.world.model_dump()
-    world_stage.run(WorldSettings(out=f"{out}/world", **values))
     spec = world.preset(
         values["preset"],
         rows=values["rows"],
@@ -41,6 +47,6 @@ def prepare(file: StudyFile, out: str) -> Data:
         kind=values["kind"],
     )
     tests = {name: f"{out}/world/tests/{name}" for name in world.evaluation_sets(spec)}
-    if store.exists(f"{out}/world/counteranimal"):
+    if spec.counter_rows:
         tests["counteranimal"] = f"{out}/world/counteranimal"
     return Data(f"{out}/world/pool", f"{out}/world/reference", tests)
