@@ -39,8 +39,8 @@ serve: $(READY) ## search and zero-shot over the demo's pool, on http://127.0.0.
 test: $(READY) ## everything fast, and one kill-and-resume test per stage
 	$(PYTEST) -m "not cluster and not slow and not gpu" --durations=10
 
-test-all: $(READY) ## everything: cluster, whole studies, browser (installs Debian's chromium when it can)
-	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y chromium; } || true
+test-all: $(READY) ## everything: cluster, whole studies, browser (installs Debian's chromium and redis-server when it can)
+	@{ command -v chromium && command -v redis-server; } >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y chromium redis-server; } || true
 	$(PYTEST) --durations=20
 
 check: $(READY) ## format, lint, types

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def replicas() -> set[int]:
     return found
 
 
-def test_a_killed_replica_under_load_leaves_every_answer_whole(ray_session: None, tmp_path: Path) -> None:
+def test_a_killed_replica_under_load_leaves_every_answer_whole(
+    ray_session: None, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     from ray import serve
 
     from clipgap_ray.serving.deployments import build_app
@@ -83,6 +86,7 @@ def test_a_killed_replica_under_load_leaves_every_answer_whole(ray_session: None
             one.result()  # no request failed
         assert wrong == []
         assert sum(asked) > 40
+        record_property("fault", ("service", "worker", "healed"))
     finally:
         stop.set()
         serve.shutdown()
