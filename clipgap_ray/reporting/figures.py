@@ -123,7 +123,7 @@ def removed_rows(per_class: list[Record], theme: Theme) -> Figure:
                   color=theme.pool)  # fmt: skip
         total, images = sum(r["num_removed"] for r in rows), sum(r["num_images"] for r in rows)
         more = f", {MAX_BARS} of {len(rows)} classes" if len(rows) > MAX_BARS else ""
-        axis.set_title(f"{test}  ({total:,} rows, {images:,} images{more})", fontsize=11)
+        axis.set_title(f"{test}\n{total:,} rows, {images:,} images{more}", fontsize=11)
         axis.tick_params(axis="y", labelsize=9, length=0)
         axis.grid(axis="y", visible=False)
         axis.set_xlabel("pool images removed per test image")

@@ -21,6 +21,7 @@ BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY = "#CC79A7", "#56B4E9"
 WIDTH_INCHES = 11.0
 PNG_DPI = 150
+LEGEND_SHARE = 0.98  # of the figure's width; the rest is its margin
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,10 @@ def grid(
 
 
 def legend_above(figure: Figure, axes: Axes, columns: int = 6) -> None:
-    """Put one legend for all panels above them: the entries of one panel, then what only others have."""
+    """Put one legend for all panels above them: the entries of one panel, then what only others have.
+
+    It has `columns` columns, or as many as the figure is wide enough for.
+    """
     handles, labels = axes.get_legend_handles_labels()
     known = set(labels)
     for other in figure.axes:  # a kind that only a later panel has
@@ -123,7 +127,11 @@ def legend_above(figure: Figure, axes: Axes, columns: int = 6) -> None:
                 known.add(label)
                 handles.append(handle)
                 labels.append(label)
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, max(len(labels), 1)))
+    for count in range(min(columns, max(len(labels), 1)), 0, -1):
+        legend = figure.legend(handles, labels, loc="outside upper left", ncols=count)
+        if count == 1 or legend.get_window_extent().width <= LEGEND_SHARE * figure.bbox.width:
+            return
+        legend.remove()
 
 
 def render(draw: Draw) -> dict[str, bytes]:

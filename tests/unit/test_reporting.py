@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 from clipgap_ray import schema, store
 from clipgap_ray.config.report import ReportSettings
@@ -55,11 +56,47 @@ def study(built) -> Study:
     return Study.open(str(built.root))
 
 
+def cut_texts(figure: Figure) -> list[str]:
+    """Titles, labels, notes and legends of a drawn figure that reach beyond its edge."""
+    texts = [text for legend in figure.legends for text in legend.get_texts()]
+    for axes in figure.axes:
+        texts += [axes.title, axes._left_title, axes._right_title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+        texts += axes.get_legend().get_texts() if axes.get_legend() else []
+    shown = [text for text in texts if text.get_visible() and text.get_text()]
+    page = figure.bbox.padded(2)  # pixels
+    corners = {text: text.get_window_extent().corners() for text in shown}
+    return [text.get_text() for text in shown if not all(page.contains(x, y) for x, y in corners[text])]
+
+
 @pytest.fixture(scope="module")
 def page(built) -> str:
-    summary = report.run(ReportSettings(study=str(built.root), gallery_rows=2, draws=100))
+    cut, save = [], Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+
+        def saving(figure, *args, **words):
+            save(figure, *args, **words)
+            figure.canvas.draw()  # savefig had another resolution
+            cut.extend(cut_texts(figure))
+
+        patch.setattr(Figure, "savefig", saving)
+        summary = report.run(ReportSettings(study=str(built.root), gallery_rows=2, draws=100))
     assert summary.extra["missing"] == {}
+    assert cut == []
     return (built.root / "report" / "index.html").read_text()
+
+
+def test_a_legend_takes_as_many_columns_as_there_is_room_for() -> None:
+    columns = []
+    for length in (5, 20, 200):
+        with theme.using(theme.LIGHT):
+            figure, axes = theme.grid(3)
+            for number in range(6):
+                axes[0].plot([0, 1], [0, number], label=f"{number}".ljust(length, "m"))
+            theme.legend_above(figure, axes[0])
+            figure.canvas.draw()
+        columns.append(figure.legends[0]._ncols)
+        assert columns[-1] == 1 or cut_texts(figure) == []
+    assert columns[0] == 6 > columns[1] > columns[2] == 1
 
 
 # --- numbers ---------------------------------------------------------------------------------------------
