@@ -18,8 +18,9 @@ from tests import made
 
 pytestmark = [pytest.mark.cluster]
 LIMIT_S = 600.0
-# With one worker instead of two a rank's sums run over the whole batch: float32's order of adding up.
-ORDER_TOLERANCE = 1e-4
+# Both have two workers until the node is lost. After it conv-64-test's BatchNorm takes its statistics over all 16 images
+# instead of twice 8, so later losses do not compare.
+TOLERANCE = 1e-4
 
 DRIVER = """
 import json, os, sys, threading, time
@@ -65,7 +66,7 @@ def test_training_survives_the_loss_of_a_node_with_fewer_workers(
     for case in ("stay", "lose"):
         values = {
             "source": tiny_world.path("pool"), "model": "conv-64-test", "batch_size": 8, "workers": 2,
-            "min_workers": 1, "num_samples": 16 * 40, "checkpoint_every": 5, "out": f"{tmp_path}/{case}",
+            "min_workers": 1, "num_samples": 16 * 40, "checkpoint_every": 15, "out": f"{tmp_path}/{case}",
             "samples": f"{tmp_path}/samples",
         }  # fmt: skip
         env = {**os.environ, "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -81,6 +82,6 @@ def test_training_survives_the_loss_of_a_node_with_fewer_workers(
     assert histories["lose"][-1]["workers"] == 1
     starts = json.loads(Path(tmp_path, "lose", "summary.json").read_text())["starts"]
     assert len(starts) >= 2
-    assert starts[1] >= 5
+    assert starts[1] >= 15
     first = histories["stay"][0]["loss"], histories["lose"][0]["loss"]
-    assert abs(first[0] - first[1]) <= ORDER_TOLERANCE
+    assert abs(first[0] - first[1]) <= TOLERANCE
