@@ -18,8 +18,8 @@ from tests import made
 
 pytestmark = [pytest.mark.cluster]
 LIMIT_S = 600.0
-# Both have two workers until the node is lost. After it conv-64-test's BatchNorm takes its statistics over all 16 images
-# instead of twice 8, so later losses do not compare.
+# Both have two workers until the node is lost. After it conv-64-test's BatchNorm takes its statistics over all 16
+# images instead of twice 8, so later losses do not compare.
 TOLERANCE = 1e-4
 
 DRIVER = """
