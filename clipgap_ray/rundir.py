@@ -147,6 +147,7 @@ class Summary:
     parts: int = 0
     parts_skipped: int = 0  # already committed by an earlier run
     seconds: float = 0.0
+    working_seconds: float = 0.0  # of all commands that added parts and came to their end
     extra: dict[str, Any] = field(default_factory=dict)
 
     def add(self, record: dict[str, Any]) -> None:
@@ -181,6 +182,7 @@ class Summary:
             "parts": self.parts,
             "parts_skipped": self.parts_skipped,
             "seconds": round(self.seconds, 3),
+            "working_seconds": round(self.working_seconds, 3),
             **self.extra,
         }
 
@@ -234,6 +236,10 @@ class RunDirectory:
             self.summary.add(self.log.records[part])
         self.summary.extra.update(extra)
         self.summary.check()
+        path = self.path("summary.json")
+        before = store.read_json(path).get("working_seconds", 0.0) if store.exists(path) else 0.0
+        idle = skipped > 0 and skipped == self.summary.parts
+        self.summary.working_seconds = before + (0.0 if idle else self.summary.seconds)
         self.log.compact()
         content = store.digest([self.log.records[part].get("files", {}) for part in sorted(self.log.records)])
         manifest = {
@@ -244,7 +250,7 @@ class RunDirectory:
             **manifest,
         }
         store.write_json(self.path("manifest.json"), manifest)
-        store.write_json(self.path("summary.json"), self.summary.as_dict())
+        store.write_json(path, self.summary.as_dict())
         return self.summary
 
 

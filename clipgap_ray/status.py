@@ -51,5 +51,5 @@ def _stage(uri: str) -> dict[str, Any]:
         "parts_known": known,
         "rows": summary.kept,
         "dropped": summary.dropped,
-        "seconds": store.read_json(ended)["seconds"] if store.exists(ended) else None,
+        "seconds": store.read_json(ended).get("working_seconds") if store.exists(ended) else None,
     }

@@ -2,7 +2,8 @@
 
 Counts come from the data (a few shards are looked at) or from `--rows`; FLOPs of the models are counted while they
 encode one image here; the speed of a core is measured here, that of a GPU is its peak times an assumed share. The
-formulas are those of docs/scale.md, in kernels/workload.py. Every number that was assumed is in the plan.
+formulas are those of docs/scale.md, in kernels/workload.py. What was assumed is in the plan's `machine`; besides, cuts
+are taken to keep all rows that their size does not limit, and 8 GB of index are taken to fit.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from clipgap_ray import store
 from clipgap_ray.config.base import read_yaml
 from clipgap_ray.config.limits import PricesFile
+from clipgap_ray.config.dedup import DedupSettings
 from clipgap_ray.config.plan import StudyPlanSettings
 from clipgap_ray.config.score import ScoreSettings
 from clipgap_ray.config.study import RunSection, StudyFile
@@ -217,7 +219,7 @@ def _steps(
     steps = {f"embed/{name}": workload.embed(count, metric.dim, metric.flops, image_bytes)
              for name, count in rows.items()}  # fmt: skip
     partitions = workload.default_partitions(pool, dedup.EXACT_ROWS, dedup.ROWS_PER_PARTITION)
-    steps["dedup"] = workload.dedup(pool, metric.dim, partitions, probes=2)
+    steps["dedup"] = workload.dedup(pool, metric.dim, partitions, DedupSettings.model_fields["probes"].default)
     k = ScoreSettings.model_fields["k"].default
     steps["scores"] = workload.score(pool, queries, len(tests), reference, metric.dim, k)
     steps |= {f"splits/{name}": workload.split(pool) for name in ("full", *file.splits)}

@@ -74,7 +74,6 @@ def test_a_lost_shard_is_built_again_from_its_parts(tmp_path: Path) -> None:
     _agrees(out, parts)
 
 
-@pytest.mark.slow
 def test_a_builder_that_dies_gets_its_parts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [unit_rows(30, seed) for seed in range(6)]
     source, out = write_embeddings(tmp_path / "emb", parts), str(tmp_path / "index")

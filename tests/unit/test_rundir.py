@@ -207,6 +207,18 @@ def test_counts_that_do_not_reconcile_are_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "manifest.json").exists()
 
 
+def test_working_time_adds_up_over_commands_that_added_parts(tmp_path: Path) -> None:
+    seen = []
+    for new, seconds in ((0, 10), (None, 100), (1, 5)):
+        with rundir.RunDirectory(str(tmp_path), "embed", {}) as directory:
+            directory._started -= seconds
+            if new is not None:
+                directory.log.append([record(new)])
+            directory.finish({})
+        seen.append(store.read_json(str(tmp_path / "summary.json"))["working_seconds"])
+    assert seen == [pytest.approx(10, abs=1), seen[0], pytest.approx(15, abs=1)]
+
+
 def test_a_finished_directory_says_what_it_holds(tmp_path: Path) -> None:
     with rundir.RunDirectory(str(tmp_path), "embed", {"model": "m"}) as directory:
         directory.log.append([record(0)])
