@@ -18,8 +18,8 @@ import numpy as np
 
 from clipgap_ray import store
 from clipgap_ray.config.base import read_yaml
-from clipgap_ray.config.limits import PricesFile
 from clipgap_ray.config.dedup import DedupSettings
+from clipgap_ray.config.limits import PricesFile
 from clipgap_ray.config.plan import StudyPlanSettings
 from clipgap_ray.config.score import ScoreSettings
 from clipgap_ray.config.study import RunSection, StudyFile
