@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from clipgap_ray import environment, store, testsets
+from clipgap_ray import environment, regions, store, testsets
 from clipgap_ray.config.study import DoctorSettings
 from clipgap_ray.pixels import ImageError, open_picture
 from clipgap_ray.shards import Sample, Skip, estimate_rows, list_shards, read_shard, uid_rule
@@ -82,14 +82,14 @@ def run(settings: DoctorSettings) -> dict[str, Any]:
         ConfigError: If the source matches nothing.
         StorageError: If its store cannot be reached.
     """
+    store.configure(settings.storage.options())
     if settings.cluster:
         from clipgap_ray.stages import nodes  # Ray only where it is asked for
 
-        return nodes.run()
+        return nodes.run(settings.source)
     if not settings.source:
         report = environment.describe()
         return {**report, "exit_code": 1 if report["problems"] else 0}
-    store.configure(settings.storage.options())
     report = look_into(settings.source, settings.first, settings.samples)
     sys.stderr.write(table(report) + "\n")
     return report
@@ -115,6 +115,8 @@ def look_into(source: str, first: int, samples: int) -> dict[str, Any]:
             found.add(item)
     rows = sum(estimate_rows(shard) for shard in shards[:first])
     readable = sum(found.uid_rules.values())
+    bucket = regions.of_bucket(source)
+    far = regions.problem(source, bucket, regions.of_machine() if bucket else "", "this machine")
     return {
         "source": source,
         "kind": f"test set ({test_set.layout})" if test_set else "pool",
@@ -129,7 +131,8 @@ def look_into(source: str, first: int, samples: int) -> dict[str, Any]:
         "broken_share": found.broken_share,
         "broken": dict(found.broken),
         "notes": dict(found.notes),
-        "problems": found.problems(),
+        "region": bucket,
+        "problems": [*found.problems(), *([far] if far else [])],
         "exit_code": 1 if not readable or found.broken.total() == found.samples else 0,
     }
 

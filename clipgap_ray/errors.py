@@ -15,16 +15,19 @@ ClipgapError
 
 from __future__ import annotations
 
+from clipgap_ray.redaction import redacted
+
 
 class ClipgapError(Exception):
     """Base of all errors that a user can cause and mend.
 
     Args:
-        message: What is wrong, with the value and the expectation.
+        message: What is wrong, with the value and the expectation. Secrets in addresses are shown as ***.
         hint: The next step, usually a command; shown on a line of its own.
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
+        message = redacted(message)
         super().__init__(message, hint)
         self.message = message
         self.hint = hint

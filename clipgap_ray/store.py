@@ -10,6 +10,9 @@ through Ray's runtime_env (a cluster that runs already ignores them, and a job t
 
 Every read, listing and write of a remote file is tried several times here, whatever the file system below does for
 itself: s3fs repeats a request that failed, but gives up on some errors of HTTP servers that pass by.
+
+Credentials that know their end (instance profiles, service accounts, `credential_process`) are renewed by botocore
+ahead of it. Those of a file are read once; when a store refuses them they are read again: after another login.
 """
 
 from __future__ import annotations
@@ -99,29 +102,46 @@ def patiently(uri: str, call: Callable[[], T]) -> T:
 
     Raises:
         FileNotFoundError: As it comes: that is an answer.
-        StorageError: If access is refused, or the last of `ATTEMPTS` attempts failed.
+        StorageError: If access is refused, also with credentials read anew, or the last of `ATTEMPTS` attempts failed.
     """
     if is_local(uri):
         return call()
+    renewed = False
     for attempt in range(ATTEMPTS):
         try:
             return call()
         except FileNotFoundError:
             raise
         except PermissionError as error:
-            hint = "check the credentials of this machine, --profile, or --anonymous for a public bucket"
+            if not renewed and attempt < ATTEMPTS - 1:
+                _renew_session(uri)
+                renewed = True
+                continue
+            hint = "check (or renew) the credentials of this machine, --profile, or --anonymous for a public bucket"
             raise StorageError(f"{uri}: access refused: {error}", hint) from None
         except _passing_errors() as error:
+            refused = getattr(error, "errno", None) == errno.EINVAL  # 400: of an expired token HEAD says no more
+            if refused:
+                _renew_session(uri)
             if attempt == ATTEMPTS - 1:
+                suspect = "whether the credentials have expired" if refused else "the address and --endpoint-url"
                 raise StorageError(
                     f"{uri}: {type(error).__name__} after {ATTEMPTS} attempts: {error}",
-                    hint="check the address and --endpoint-url; running the same command again continues",
+                    hint=f"check {suspect}; running the same command again continues",
                 ) from error
             time.sleep(FIRST_PAUSE_S * 2**attempt)
         except _account_errors() as error:
             hint = "configure credentials, name a --profile, or use --anonymous for a public bucket"
             raise StorageError(f"{uri}: {error}", hint) from None
     raise AssertionError("unreachable")
+
+
+def _renew_session(uri: str) -> None:
+    """Have the file system of a URI read its credentials anew; one without sessions (HTTP) stays as it is."""
+    connect = getattr(filesystem(uri)[0], "connect", None)
+    if connect is not None:
+        with contextlib.suppress(*_account_errors()):  # the next call says it
+            connect(refresh=True)
 
 
 def _passing_errors() -> tuple[type[Exception], ...]:

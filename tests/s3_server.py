@@ -47,6 +47,8 @@ class S3Server:
             body ("cut", GET only) or before any answer ("hang up"), is told to slow down ("throttle").
         delay_s: Seconds before every answer.
         authorizations: The requests' Authorization headers; "" where a request was not signed.
+        expired: Access keys that are refused as those of credentials whose time is over.
+        watcher: Called before every request with the number of requests so far.
     """
 
     url: str = ""
@@ -55,6 +57,8 @@ class S3Server:
     fail_every: dict[str, int] = field(default_factory=dict)
     delay_s: float = 0.0
     authorizations: list[str] = field(default_factory=list)
+    expired: set[str] = field(default_factory=set)
+    watcher: Callable[[int], None] | None = None
     _counts: dict[str, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -97,6 +101,12 @@ class S3Server:
         request.get_data(cache=True)  # an unread body would be taken for the next request
         self.requests.append((request.method, request.full_path.rstrip("?")))
         self.authorizations.append(request.headers.get("Authorization", ""))
+        if self.watcher:
+            self.watcher(len(self.requests))
+        if any(f"Credential={key}/" in self.authorizations[-1] for key in self.expired):
+            text = "<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+            body = "" if request.method == "HEAD" else text
+            return Response(body, 400, content_type="application/xml")(environ, start)
         if not self.authorizations[-1]:  # everything is public here; moto would ask for a signature
             environ["HTTP_AUTHORIZATION"] = "AWS4-HMAC-SHA256 Credential=anyone/20260101/us-east-1/s3/aws4_request"
         time.sleep(self.delay_s)  # a slow server is what some tests are about

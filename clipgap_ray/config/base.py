@@ -17,6 +17,7 @@ import yaml
 
 from clipgap_ray import store
 from clipgap_ray.errors import ConfigError
+from clipgap_ray.redaction import addresses_with_secrets
 
 
 class Operational:
@@ -34,6 +35,17 @@ class Settings(pydantic.BaseModel):
     """Base of all settings: frozen, unknown keys refused, field docstrings as descriptions."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @pydantic.model_validator(mode="after")
+    def _no_secrets(self) -> Self:
+        for name, value in self:
+            for shown in addresses_with_secrets(value):
+                raise ConfigError(
+                    f"{name} is {shown}: a secret in a setting would be shown by Ray and kept in manifests",
+                    hint="leave it out of the address: credentials are read from the instance profile, the AWS_* "
+                    "environment or --profile, tokens from the environment",
+                )
+        return self
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the fields that decide the output, as JSON values."""

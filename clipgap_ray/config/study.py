@@ -240,7 +240,7 @@ class DoctorSettings(Settings):
     source before hours are spent on it: suffixes, captions, fields, uids, broken images, estimated rows."""
 
     source: tyro.conf.Positional[str] = ""
-    """A source as `clipgap embed` takes it; left out: check the environment."""
+    """A source as `clipgap embed` takes it; left out: check the environment. With --cluster: compare its region."""
     first: pydantic.PositiveInt = 2
     """Shards to look into."""
     samples: pydantic.PositiveInt = 1000
@@ -248,13 +248,8 @@ class DoctorSettings(Settings):
     storage: Storage = StorageSettings()
     """How S3 stores are reached."""
     cluster: bool = False
-    """Compare Python, Ray, torch, FAISS and CUDA on every node of the cluster at RAY_ADDRESS with this driver's."""
-
-    @pydantic.model_validator(mode="after")
-    def _one(self) -> DoctorSettings:
-        if self.cluster and self.source:
-            raise ConfigError(f"doctor looks into {self.source!r} or at the --cluster, not both", hint="run it twice")
-        return self
+    """Compare Python, Ray, torch, FAISS and CUDA on every node of the cluster at RAY_ADDRESS with this driver's, and
+    the nodes' AWS region with that of the source's bucket."""
 
 
 class DemoSettings(Settings):

@@ -1,4 +1,4 @@
-"""`clipgap doctor --cluster`: does every node run what the driver runs?
+"""`clipgap doctor --cluster [SRC]`: does every node run what the driver runs, and is the bucket of SRC near them?
 
 A task per node, pinned to it, reports the versions there; they are compared with the driver's. Code and pickles travel
 from the driver to the nodes, so another Python or Ray fails late and strangely, another torch changes the embeddings'
@@ -18,6 +18,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from clipgap_ray import regions
 from clipgap_ray.environment import FAISS_WHEELS
 from clipgap_ray.errors import ConfigError
 from clipgap_ray.stages.session import connect, logger
@@ -27,8 +28,11 @@ COMPARED = ("python", "ray", "torch", "faiss", "cuda")
 MISSING = "-"
 
 
-def run() -> dict[str, Any]:
-    """Compare every node of the cluster with the driver.
+def run(source: str = "") -> dict[str, Any]:
+    """Compare every node of the cluster with the driver, and the region of each with a bucket's.
+
+    Args:
+        source: Something in the bucket, or "".
 
     Returns:
         `driver` (its versions), `nodes` (one record each), `problems`, and `exit_code` 1 if there is any.
@@ -48,6 +52,9 @@ def run() -> dict[str, Any]:
     driver = {"node": "driver", "gpus": 0, **_prober()(FAISS_WHEELS)}
     nodes = ask_nodes(ANSWER_S)
     problems = [problem for node in nodes for problem in compare(driver, node)]
+    bucket = regions.of_bucket(source)
+    far = (regions.problem(source, bucket, node.get("region", ""), node["node"]) for node in nodes)
+    problems += [problem for problem in far if problem]
     logger.info("%s", table([driver, *nodes]))
     for problem in problems:
         logger.warning("%s", problem)
@@ -111,7 +118,14 @@ def _prober() -> Callable[[tuple[str, ...]], dict[str, str]]:
             cuda, usable = torch.version.cuda or "", str(torch.cuda.device_count())
         except (ImportError, OSError, RuntimeError) as error:  # missing, or a library of it is
             cuda, usable = f"torch fails: {error}", "0"
+        try:
+            from clipgap_ray import regions
+
+            region = regions.of_machine()
+        except ImportError:
+            region = ""
         return {
+            "region": region,
             "python": platform.python_version(),
             "ray": version("ray"),
             "torch": version("torch"),
@@ -151,7 +165,7 @@ def _essence(name: str, value: str) -> str:
 
 def table(records: list[dict[str, Any]]) -> str:
     """Return records as aligned columns, the first one being what the others are compared with."""
-    columns = ("node", *COMPARED, "gpus")
+    columns = ("node", *COMPARED, "gpus", "region")
     rows = [columns] + [
         (record["node"], record["error"]) if "error" in record
         else tuple(str(record[name]) or MISSING for name in columns)

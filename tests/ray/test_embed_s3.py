@@ -100,3 +100,38 @@ def test_a_killed_run_is_continued(
     assert heir.finish() == 0, heir.said()
     assert json.loads(s3.objects("bucket", "emb/")["summary.json"])["parts_skipped"] == 1
     check_equal(s3, tiny_embeddings["pool"])
+
+
+@pytest.mark.slow
+def test_credentials_that_expire_in_mid_run_are_read_again(
+    s3: s3_server.S3Server,
+    tiny_embeddings: dict[str, str],
+    drive: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Driver and readers hold the credentials of a login whose time ends after every thirtieth request of theirs."""
+    logins = [f"LOGIN{number}" for number in range(100)]
+
+    def log_in(key: str) -> None:
+        text = f"[work]\naws_access_key_id = {key}\naws_secret_access_key = x\naws_session_token = {key}\n"
+        (tmp_path / "new").write_text(text)
+        (tmp_path / "new").rename(tmp_path / "credentials")
+
+    def time_passes(requests: int) -> None:
+        if requests % 30 == 0:
+            log_in(logins[requests // 30])
+            s3.expired.update(logins[: requests // 30])
+
+    for name in s3_server.CREDENTIALS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    log_in(logins[0])
+    s3.watcher = time_passes
+    storage = StorageSettings(endpoint_url=s3.url, profile="work")
+    run = drive(embed, settings(s3, storage=storage))
+    assert run.finish() == 0, run.said()
+    assert len(s3.expired) >= 3
+    check_equal(s3, tiny_embeddings["pool"])

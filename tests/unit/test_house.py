@@ -19,12 +19,13 @@ PACKAGE = ROOT / "clipgap_ray"
 # A module may import its own tier and those to its left (CONTRIBUTING.md). `stages` and `serving` share a tier but
 # not each other. Longest prefix wins.
 TIERS = {
-    "errors": 0, "schema": 0, "environment": 0,
+    "redaction": 0, "errors": 0, "schema": 0, "environment": 0,
     "kernels": 1,
     "store": 2, "lease": 2, "rundir": 2, "sources": 2, "tars": 2, "shards": 2, "idlists": 2, "blocklist": 2,
     "pixels": 2, "alterations": 2,
     "testsets": 2, "encoder": 2, "encoder_names": 2, "encoder_projection": 2, "encoder_timm": 2, "embeddings": 2,
-    "index": 2, "download": 2, "uidmap": 2, "world": 2, "presets": 2,
+    "index": 2, "download": 2, "uidmap": 2, "regions": 2, "world": 2,
+    "presets": 2,
     "config": 3, "hidden": 3,
     "reporting": 4, "stages": 4, "serving": 4, "client": 4, "status": 4, "doctor": 4,
     "cli": 5,

@@ -8,7 +8,7 @@ from clipgap_ray.stages import nodes
 
 DRIVER = {
     "node": "driver", "python": "3.11.7", "ray": "2.60.0", "torch": "2.15.0", "faiss": "1.15.1 (faiss-cpu)",
-    "cuda": "13.0", "usable_gpus": "0", "gpus": 0,
+    "cuda": "13.0", "usable_gpus": "0", "gpus": 0, "region": "",
 }  # fmt: skip
 SAME = {**DRIVER, "node": "10.0.0.2 abcdef01"}
 
@@ -50,7 +50,7 @@ def test_a_silent_node_is_a_problem_and_has_a_line():
     assert nodes.compare(DRIVER, silent) == ["10.0.0.3 12345678: no answer within 120 s"]
     lines = nodes.table([DRIVER, SAME, silent]).splitlines()
     assert len(lines) == 4
-    assert lines[0].split() == ["node", "python", "ray", "torch", "faiss", "cuda", "gpus"]
+    assert lines[0].split() == ["node", "python", "ray", "torch", "faiss", "cuda", "gpus", "region"]
     assert lines[3].endswith("no answer within 120 s")
     assert lines[1].index("3.11.7") == lines[2].index("3.11.7")
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -129,6 +129,71 @@ def test_profile_and_anonymity_reach_the_server(
     with pytest.raises(StorageError, match=r"absent") as error:
         store.exists("s3://pool/empty")
     assert "--profile" in str(error.value)
+
+
+def log_in(folder: Path, key: str) -> None:
+    """Write the credentials of the profile `work`, as a login does."""
+    text = f"[work]\naws_access_key_id = {key}\naws_secret_access_key = x\naws_session_token = {key}\n"
+    (folder / "credentials").write_text(text)
+
+
+@pytest.fixture
+def login(s3: s3_server.S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the only credentials that this process has, those of OLD."""
+    for name in s3_server.CREDENTIALS:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    log_in(tmp_path, "OLD")
+    store.configure(store.StorageOptions(s3.url, profile="work"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("call", [store.exists, store.size, store.read_bytes, store.list_names])
+def test_credentials_that_expire_are_read_again(
+    s3: s3_server.S3Server, login: Path, call: Callable[[str], object]
+) -> None:
+    before = call("s3://pool/empty")
+    s3.expired.add("OLD")
+    log_in(login, "NEW")
+    assert call("s3://pool/empty") == before
+    assert "Credential=NEW/" in s3.authorizations[-1]
+
+
+def test_credentials_that_stay_expired_are_an_error_with_the_next_step(s3: s3_server.S3Server, login: Path) -> None:
+    store.exists("s3://pool/empty")
+    s3.expired.add("OLD")
+    with pytest.raises(StorageError, match=r"check whether the credentials have expired; .* again continues"):
+        store.read_bytes("s3://pool/empty")
+    with s3.counting() as requests, pytest.raises(StorageError, match=r"token has expired\.\nhint: check \(or renew\)"):
+        store.list_names("s3://pool")
+    assert len(requests) == 2
+
+
+def test_a_process_that_hands_out_credentials_is_asked_ahead_of_their_end(s3: s3_server.S3Server, login: Path) -> None:
+    """As instance profiles and service accounts: botocore renews what ends within ten minutes by itself."""
+    program = f"""
+import datetime, json, pathlib
+count = pathlib.Path({str(login)!r}) / "count"
+number = int(count.read_text()) + 1 if count.exists() else 1
+count.write_text(str(number))
+end = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(minutes=5)
+key = f"KEY{{number}}"
+print(json.dumps(dict(Version=1, AccessKeyId=key, SecretAccessKey="x", SessionToken=key, Expiration=end.isoformat())))
+"""
+    (login / "hand_out.py").write_text(program)
+    (login / "config").write_text(f"[profile issued]\ncredential_process = {sys.executable} {login}/hand_out.py\n")
+    store.configure(store.StorageOptions(s3.url, profile="issued"))
+
+    def the_last_key_is_over(_: int) -> None:
+        used = [header.split("Credential=")[1].split("/")[0] for header in s3.authorizations]
+        s3.expired.update(set(used) - {used[-1]})
+
+    s3.watcher = the_last_key_is_over
+    for _ in range(4):
+        assert store.read_bytes("s3://pool/empty") == b""
+    assert len({header.split("Credential=")[1].split("/")[0] for header in s3.authorizations}) >= 4
 
 
 def test_botocore_s_own_variables_are_honoured(s3: s3_server.S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
