@@ -10,7 +10,7 @@ JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-fast serve test test-all check fmt bench clean
+.PHONY: help install demo demo-fast serve test test-all check audit fmt bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -20,6 +20,8 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	@# Peer of one test. Without its other dependencies: they would slow down every import of open_clip.
+	$(BIN)/python -m pip install --quiet --no-deps "clip-benchmark==1.6.2"
 	@touch $(READY)
 
 install: $(READY) ## make the environment (.venv) and install everything
@@ -48,6 +50,11 @@ check: $(READY) ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+audit: ## before a release: known vulnerabilities of the pinned versions (asks the advisory database; own environment)
+	$(PYTHON) -m venv .audit && .audit/bin/pip install --quiet pip-audit
+	.audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt
+	rm -rf .audit
+
 fmt: $(READY) ## format and fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -56,4 +63,4 @@ bench: $(READY) ## programs that measure us beside a peer in one run
 	for program in benchmarks/*.py; do $(BIN)/python $$program || exit 1; done
 
 clean: ## remove the environment and the demo's output
-	rm -rf $(VENV) demo demo-fast
+	rm -rf $(VENV) .audit demo demo-fast

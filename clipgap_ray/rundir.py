@@ -204,6 +204,7 @@ class RunDirectory:
         self._lease.__enter__()
         try:
             guard(self.uri, {"stage": self.stage, **self.settings})
+            store.remove_leftovers(self.uri)
             self.log = CommitLog(self.uri)
             self.log.compact()
         except BaseException:

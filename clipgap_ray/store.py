@@ -23,6 +23,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 import time
 import uuid
@@ -41,6 +42,7 @@ from clipgap_ray.errors import DataError, StorageError
 T = TypeVar("T")
 
 ATTEMPTS = 6
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # the name that atomic_file gives
 FIRST_PAUSE_S = 0.2  # doubled after every attempt: six attempts bridge about six seconds
 
 
@@ -302,6 +304,20 @@ def atomic_file(uri: str) -> Iterator[IO[bytes]]:
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(uri: str) -> None:
+    """Remove what writers that were killed left of files in a local folder and the folders directly in it.
+
+    Only for whoever alone writes there. An orphan that still writes loses its file, not its neighbours'.
+    """
+    if not is_local(uri):
+        return
+    folder = Path(filesystem(uri)[1])
+    for pattern in (".*.tmp", "*/.*.tmp"):
+        for path in folder.glob(pattern):
+            if _LEFTOVER.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -58,6 +58,7 @@ def write(
     bits = min(max(0, (max(rows.num_rows, 1) - 1) // file_rows).bit_length(), MAX_BITS)
     files, count = [], 0
     with ExitStack() as spools:
+        spools.enter_context(store.room(f"{tempfile.gettempdir()} (for {uri})"))
         runs = [spools.enter_context(tempfile.TemporaryFile(prefix="clipgap-uids-")) for _ in range(1 << bits)]
         for part in rows.parts:
             _distribute(_records(rows, part.number), runs, bits)

@@ -19,6 +19,8 @@ import pytest
 from tests import made
 from tests.driver import drive as drive  # a fixture
 
+pytest_plugins = ["tests.fault_table"]
+
 # Sum order of a float32 loss over a few dozen rows: gradients on two ranks against one process.
 LOSS_TOLERANCE = 1e-6
 # Training on one CPU thread in fp32 has no freedom of order between a run and its resumption: equal to the last bit.

@@ -9,6 +9,7 @@ from clipgap_ray.config.base import Settings
 from clipgap_ray.errors import ConfigError
 
 PROMPT_SETS = ("openai", "simple")
+WORLD_MASKS = "world"
 
 
 class SecondEncoder(Settings):
@@ -50,6 +51,9 @@ class AnalysesSection(Settings):
     join: bool = False
     """What the neighbours of its photos are, for CLIPs trained on the whole pool; and, with two supervised runs or
     more, effective robustness at equal similarity, for every model beside its own training data."""
+    masks: str = ""
+    """Folder of masks of the photos of `test`, as `cutout --masks` takes it (`world`: those of the rendered world): the
+    join then says how much farther the animal alone and the background alone lie, and what each explains."""
     discover: bool = False
     """Which backgrounds the CLIPs are good and bad at, and how much of such a drop is selection; needs backgrounds."""
     min_photos: pydantic.PositiveInt = 20
@@ -74,6 +78,8 @@ class AnalysesSection(Settings):
                 "analyses.discover is true without backgrounds: groups are discovered among labelled backgrounds",
                 hint="add backgrounds: backgrounds (CounterAnimal's 14) or a YAML file of prompts",
             )
+        if self.masks and not self.join:
+            raise ConfigError(f"analyses.masks is {self.masks!r} without join, which uses them", hint="join: true")
         if self.candidates_k == 1:
             raise ConfigError("analyses.candidates_k is 1: expected 2 or more, one label is no choice", hint="20")
         for name in self.ways():

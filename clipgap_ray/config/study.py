@@ -9,7 +9,7 @@ import tyro
 
 from clipgap_ray import schema, world
 from clipgap_ray.config import split as split_config
-from clipgap_ray.config.analyses import AnalysesSection
+from clipgap_ray.config.analyses import WORLD_MASKS, AnalysesSection
 from clipgap_ray.config.base import Operational, Settings, Storage, StorageSettings
 from clipgap_ray.config.limits import Limits, LimitsSettings
 from clipgap_ray.errors import ConfigError
@@ -186,6 +186,12 @@ class StudyFile(Settings):
             raise ConfigError(f"analyses.second_encoder.run is {second.run!r}, the study's CLIPs are {clip}")
         if asked.discover and not clip:
             raise ConfigError("analyses.discover compares CLIPs, but all runs are supervised", hint="add a run")
+        if asked.masks and not self.whole_pool_runs():
+            raise ConfigError("analyses.masks needs a CLIP trained on the full pool", hint="add {split: full} to runs")
+        if asked.masks == WORLD_MASKS and self.world is None:
+            raise ConfigError(
+                f"analyses.masks is {WORLD_MASKS!r}, but the study renders none", hint="name their folder"
+            )
         supervised = sum(run.objective == "supervised" for run in self.runs)
         if asked.join and not self.whole_pool_runs() and supervised < 2:
             raise ConfigError(
@@ -201,6 +207,10 @@ class StudyFile(Settings):
         assert self.world is not None  # one of the two is there
         spec = world.preset(self.world.preset, kind=self.world.kind)
         return (*world.evaluation_sets(spec), *(["counteranimal"] if spec.counter_rows else []))
+
+    def first_seed(self, run: RunSection) -> str:
+        """Return the name of a run's model of the first seed."""
+        return f"{run.name}-s{self.seeds[0]}"
 
     def whole_pool_runs(self) -> list[RunSection]:
         """Return the CLIPs that were trained on the uncut pool."""
@@ -224,6 +234,8 @@ class RunSettings(Settings):
     """Directory of the study; empty: out/<name of the study>."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Operational()] = "auto"
     """auto: GPUs if the cluster has any, else CPUs."""
+    trainings: Annotated[pydantic.NonNegativeInt, Operational()] = 0
+    """Trainings at the same time; 0: as many as the cluster's CPUs and GPUs take."""
     limits: Limits = LimitsSettings()
     """When to stop."""
 

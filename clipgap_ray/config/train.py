@@ -78,7 +78,7 @@ class TrainSettings(Settings):
     """With --dataset-resampled: weight of a sample by source, joined by `::` as the sources are; a last one more for
     the reference."""
     decoders: Annotated[pydantic.NonNegativeInt, Operational()] = 0
-    """Ray actors per worker that read, decode and augment, on any CPUs of the cluster; 0: a thread in the worker."""
+    """Ray Data actors per worker that read, decode and augment, on any CPUs of the cluster; 0: the worker's thread."""
     samples: Annotated[str, Operational()] = ""
     """Directory of the sample index of `source`, to share between runs; default RUN/samples."""
     checkpoint_every: Annotated[pydantic.PositiveInt, Operational()] = 200

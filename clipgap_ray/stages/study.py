@@ -38,10 +38,12 @@ from clipgap_ray.stages import (
     score,
     split,
     study_analyses,
+    sweep,
     train,
 )
 from clipgap_ray.stages.session import logger
 from clipgap_ray.stages.study_data import Data, prepare
+from clipgap_ray.stages.study_step import MADE_FROM, Step
 
 
 def run(settings: RunSettings) -> rundir.Summary:
@@ -59,7 +61,7 @@ def run(settings: RunSettings) -> rundir.Summary:
     metric = _metric(file, out, data, settings.device)
     _embed_all(out, data, metric, settings.device)
     splits = _score_and_split(file, out, data)
-    _train_all(file, out, data, settings.device)
+    sweep.run(_trainings(file, out, data, settings.device), settings.trainings)
     _evaluate_all(file, out, data, settings.device)
     refused = study_analyses.run(study_analyses.steps(file, out, data, metric, settings.device))
     store.write_json(f"{out}/study.json", _description(file, data, metric))
@@ -89,8 +91,8 @@ def _report(out: str) -> str:
     """Write the page, unless all that it is made of is as it was when the page was written; returns where it is."""
     folder = f"{out}/report"
     if not store.exists(f"{folder}/index.html"):
-        store.remove(f"{folder}/{study_analyses.MADE_FROM}")
-    study_analyses.Step("report", report.run, ReportSettings(study=out, out=folder), tuple(_manifests(out)))()
+        store.remove(f"{folder}/{MADE_FROM}")
+    Step("report", report.run, ReportSettings(study=out, out=folder), tuple(_manifests(out)))()
     return f"{folder}/index.html"
 
 
@@ -101,10 +103,10 @@ def _manifests(out: str) -> list[str]:
         if folder in ("report", "world", "index"):
             continue
         for name in store.list_names(f"{out}/{folder}"):
-            if name.endswith(("manifest.json", "recipe.json", study_analyses.MADE_FROM)):
+            if name.endswith(("manifest.json", "recipe.json", MADE_FROM)):
                 found.append(f"{out}/{folder}/{name}")
             elif "." not in name:
-                nested = (f"{out}/{folder}/{name}/{file}" for file in ("manifest.json", study_analyses.MADE_FROM))
+                nested = (f"{out}/{folder}/{name}/{file}" for file in ("manifest.json", MADE_FROM))
                 found += [uri for uri in nested if store.exists(uri)]
     return found
 
@@ -179,11 +181,8 @@ def _score_and_split(file: StudyFile, out: str, data: Data) -> list[str]:
     return ["full", *file.splits]
 
 
-def _train_all(file: StudyFile, out: str, data: Data, device: str) -> None:
-    jobs = [(run, seed) for seed in file.seeds for run in file.runs]
-    for number, (run, seed) in enumerate(jobs, 1):
-        _step(f"train {run.name}, seed {seed} ({number} of {len(jobs)})")
-        train.run(_train_settings(file, run, seed, out, data, device))
+def _trainings(file: StudyFile, out: str, data: Data, device: str) -> list[TrainSettings]:
+    return [_train_settings(file, run, seed, out, data, device) for seed in file.seeds for run in file.runs]
 
 
 def _evaluate_all(file: StudyFile, out: str, data: Data, device: str) -> None:

@@ -2,7 +2,8 @@
 
     STUDY/probes/RUN, linear/RUN     few-shot and linear probes         STUDY/labels/pool, labels/TEST  backgrounds
     STUDY/asked/RUN                  other prompts, candidate labels    STUDY/join/neighbours, join/equal-similarity
-    STUDY/second-embed, second-scores, agreement   another encoder      STUDY/discover
+    STUDY/cut, cut-embed, cut-scores photos by masks                    STUDY/discover
+    STUDY/second-embed, second-scores, agreement   another encoder
 
 Stages with a commit log skip what they have committed. `join`, `discover` and `agreement` have none: the step writes
 OUT/made_from.json after them and skips them while settings, inputs and version are those. Models are compared by their
@@ -12,65 +13,19 @@ overlap, too few photos) does not take the report with it: it is said at the end
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
-
-from clipgap_ray import __version__, encoder, store, testsets
-from clipgap_ray.config.base import Settings
+from clipgap_ray import encoder, store, testsets
+from clipgap_ray.config.analyses import WORLD_MASKS
 from clipgap_ray.config.embed import EmbedSettings
-from clipgap_ray.config.groups import AttributesSettings, DiscoverSettings
-from clipgap_ray.config.join import AgreementSettings, DropJoinSettings
+from clipgap_ray.config.join import AgreementSettings
 from clipgap_ray.config.score import ScoreSettings
 from clipgap_ray.config.study import RunSection, StudyFile
 from clipgap_ray.config.train import EvaluateSettings
-from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.encoder import EncoderSettings
 from clipgap_ray.errors import ConfigError, DataError
-from clipgap_ray.stages import agreement, attributes, discover, embed, evaluate, evaluate_sets, join, score
+from clipgap_ray.stages import agreement, attributes, embed, evaluate, evaluate_sets, score, study_groups
 from clipgap_ray.stages.session import logger
 from clipgap_ray.stages.study_data import Data
-
-MADE_FROM = "made_from.json"
-
-
-@dataclass(frozen=True)
-class Step:
-    """A command of the study.
-
-    Attributes:
-        title: What the log says.
-        run: The stage's `run`.
-        settings: Its settings.
-        inputs: For stages without a commit log: files whose content decides what comes out.
-    """
-
-    title: str
-    run: Callable[[Any], object]
-    settings: Settings
-    inputs: tuple[str, ...] = ()
-
-    def __call__(self) -> None:
-        """Run it, unless it has been run with these settings on these inputs."""
-        logger.info("-- %s", self.title)
-        if not self.inputs:
-            self.run(self.settings)
-            return
-        out = str(self.settings.out)  # type: ignore[attr-defined]  # every stage's settings have it
-        path = store.join(out, MADE_FROM)
-        made_from = {
-            "version": __version__,
-            "settings": self.settings.fingerprint(),
-            "inputs": {uri: store.sha256(store.read_bytes(uri)) for uri in self.inputs},
-        }
-        if store.exists(path):
-            if store.read_json(path) == made_from:
-                logger.info("%s is there already", out)
-                return
-            store.remove(path)  # what a run that does not finish leaves is of neither settings
-        self.run(self.settings)
-        store.write_json(path, made_from)
+from clipgap_ray.stages.study_step import Step
 
 
 def run(steps: list[Step]) -> dict[str, str]:
@@ -114,6 +69,10 @@ def check(file: StudyFile, out: str, data: Data) -> None:
         evaluate_sets.questions(_asking(file, out, data, file.runs[0].name, "auto", clip=True))
     if asked.backgrounds:
         attributes.read_prompts(asked.backgrounds)
+    if asked.masks and asked.masks != WORLD_MASKS and not store.list_names(asked.masks):
+        raise ConfigError(
+            f"analyses.masks {asked.masks} has no masks", hint="a folder as `clipgap cutout --masks` takes"
+        )
     if asked.second_encoder is not None and asked.second_encoder.model:
         encoder.check(EncoderSettings(asked.second_encoder.model, asked.second_encoder.pretrained))
 
@@ -134,13 +93,16 @@ def steps(file: StudyFile, out: str, data: Data, metric: tuple[str, str], device
         found += _second_steps(out, data, second, device)
     asked, labelled = file.analyses, "embed"
     if asked.backgrounds:
+        labeller = metric
         if second is not None and EncoderSettings(*second).has_text:
-            metric, labelled = second, "second-embed"
-        found += _label_steps(file, out, data, metric[1], labelled)
+            labeller, labelled = second, "second-embed"
+        found += study_groups.label_steps(file, out, data, labeller[1], labelled)
+    if asked.masks:
+        found += study_groups.part_steps(file, out, data, metric, device)
     if asked.join:
-        found += _join_steps(file, out, labelled)
+        found += study_groups.join_steps(file, out, labelled)
     if asked.discover:
-        found.append(_discover_step(file, out))
+        found.append(study_groups.discover_step(file, out))
     return found
 
 
@@ -149,10 +111,6 @@ def steps(file: StudyFile, out: str, data: Data, metric: tuple[str, str], device
 
 def _models(file: StudyFile, *, clip: bool = False) -> list[tuple[RunSection, int]]:
     return [(run, seed) for seed in file.seeds for run in file.runs if not clip or run.objective == "clip"]
-
-
-def _first_seed(file: StudyFile, run: RunSection) -> str:
-    return f"{run.name}-s{file.seeds[0]}"
 
 
 def _crop(data: Data, tests: dict[str, str], of: str = "") -> tuple[str, ...]:
@@ -230,7 +188,7 @@ def _second(file: StudyFile, out: str) -> tuple[str, str] | None:
     if second is None or second.model:
         return None if second is None else (second.model, second.pretrained)
     run = next(run for run in file.runs if run.name == second.run)  # StudyFile knows that it is there
-    return file.train.model, f"{out}/runs/{_first_seed(file, run)}"
+    return file.train.model, f"{out}/runs/{file.first_seed(run)}"
 
 
 def _second_steps(out: str, data: Data, second: tuple[str, str], device: str) -> list[Step]:
@@ -267,108 +225,3 @@ def _second_steps(out: str, data: Data, second: tuple[str, str], device: str) ->
         tuple(f"{scores}/manifest.json" for scores in both),
     )
     return [*steps, Step("score by the second encoder", score.run, scores), compare]
-
-
-# --- backgrounds, join, discover -------------------------------------------------------------------------------
-
-
-def _label_steps(file: StudyFile, out: str, data: Data, weights: str, folder: str) -> list[Step]:
-    test = file.analyses.test
-    known = testsets.open_test_set(data.tests[test]).layout == "counteranimal"
-    return [
-        Step(
-            f"label backgrounds of {name}",
-            attributes.run,
-            AttributesSettings(
-                embeddings=f"{out}/{folder}/{name}",
-                out=f"{out}/labels/{name}",
-                prompts=file.analyses.backgrounds,
-                pretrained=weights,
-                given="folder" if known and name == test else "",
-            ),
-        )
-        for name in (test, "pool")
-    ]
-
-
-def _join_steps(file: StudyFile, out: str, labelled: str) -> list[Step]:
-    """Neighbours of CLIPs that saw the whole pool; and all models, each beside what it was trained on.
-
-    A table of `gaps` names one neighbour only, and the scores name rows that a cut has removed: so neighbours are for
-    the uncut pool. Its captions are read from the embeddings that were labelled: labels belong to those.
-    """
-    test = file.analyses.test
-    labels = [f"{out}/labels/{name}" for name in (test, "pool")] if file.analyses.backgrounds else ["", ""]
-    label_inputs = tuple(f"{folder}/manifest.json" for folder in labels if folder)
-    steps = []
-    whole = [_first_seed(file, run) for run in file.whole_pool_runs()]
-    if whole:
-        predictions = {name: f"{out}/eval/{name}/{test}.parquet" for name in whole}
-        pool = f"{out}/{labelled}/pool"
-        settings = DropJoinSettings(
-            predictions=tuple(f"{name}={path}" for name, path in predictions.items()),
-            scores=(f"{out}/scores",),
-            test=test,
-            out=f"{out}/join/neighbours",
-            pool=pool,
-            attributes=labels[0],
-            pool_attributes=labels[1],
-        )
-        inputs = (*predictions.values(), f"{out}/scores/manifest.json", f"{pool}/manifest.json", *label_inputs)
-        scored = partial(_join, f"{out}/embed/pool")
-        steps.append(Step("join with the photos' neighbours", scored, settings, inputs))
-    supervised = tuple(_first_seed(file, run) for run in file.runs if run.objective == "supervised")
-    if len(supervised) > 1:
-        beside = {_first_seed(file, run): _own_data(run, out, test) for run in file.runs}
-        predictions = {name: f"{out}/eval/{name}/{test}.parquet" for name in beside}
-        settings = DropJoinSettings(
-            predictions=tuple(f"{name}={path}" for name, path in predictions.items()),
-            scores=tuple(f"{name}={table}" for name, (table, _) in beside.items()),
-            column=tuple(f"{name}={column}" for name, (_, column) in beside.items()),
-            test=test,
-            out=f"{out}/join/equal-similarity",
-            baseline=supervised,
-        )
-        inputs = (*predictions.values(), *dict.fromkeys(table for table, _ in beside.values()))
-        steps.append(Step("join at equal similarity", join.run, settings, inputs))
-    return steps
-
-
-def _join(scored: str, settings: DropJoinSettings) -> None:
-    """Join, once it is sure that the scores' row ids mean the same rows in the pool that was labelled.
-
-    Raises:
-        DataError: If they do not: shards were added to one of them before the other was there.
-    """
-    rows, labelled = (
-        [(part.number, part.shard, part.num_rows) for part in EmbeddingSet.open(uri).parts]
-        for uri in (scored, settings.pool)
-    )
-    if rows != labelled:
-        raise DataError(
-            f"{settings.pool} numbers {len(labelled)} shards otherwise than {scored}, {len(rows)}",
-            hint=f"delete {settings.pool} and what was made from it, and run the study again",
-        )
-    join.run(settings)
-
-
-def _own_data(run: RunSection, out: str, test: str) -> tuple[str, str]:
-    """Query table and column of the similarity to what a run was trained on."""
-    if run.train_on == "reference":
-        return f"{out}/scores/queries/{test}.parquet", "tau"
-    return f"{out}/gaps/{run.split}/{test}.parquet", "gap" if run.reference else "similarity"
-
-
-def _discover_step(file: StudyFile, out: str) -> Step:
-    test = file.analyses.test
-    names = [_first_seed(file, run) for run in file.runs if run.objective == "clip"]
-    predictions = {name: f"{out}/eval/{name}/{test}.parquet" for name in names}
-    settings = DiscoverSettings(
-        predictions=tuple(f"{name}={path}" for name, path in predictions.items()),
-        attributes=f"{out}/labels/{test}",
-        out=f"{out}/discover",
-        min_photos=file.analyses.min_photos,
-    )
-    return Step(
-        "discover groups", discover.run, settings, (*predictions.values(), f"{out}/labels/{test}/manifest.json")
-    )

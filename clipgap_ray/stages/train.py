@@ -49,7 +49,7 @@ def run(settings: TrainSettings) -> rundir.Summary:
     guarded = settings.fingerprint()
     guarded.pop("out")
     with rundir.RunDirectory(settings.out, "train", guarded) as directory:
-        if store.exists(directory.path("checkpoint.pt")) and directory.log.records:
+        if is_complete(directory.uri):
             return _finish(directory, settings)
         plan, counts = make_plan(settings, directory.uri, preprocess.size)
         connect()
@@ -70,6 +70,11 @@ def run(settings: TrainSettings) -> rundir.Summary:
             ]
         )  # fmt: skip
         return _finish(directory, settings)
+
+
+def is_complete(out: str) -> bool:
+    """Tell whether a run directory holds a training that came to its end."""
+    return store.exists(store.join(out, "checkpoint.pt")) and bool(rundir.CommitLog(out).records)
 
 
 def _check_model(settings: TrainSettings) -> None:

@@ -7,7 +7,6 @@ batch, a thread of the worker or an actor on another node, and from whichever st
 from __future__ import annotations
 
 import collections
-import functools
 import io
 import math
 import os
@@ -25,6 +24,9 @@ from PIL import Image
 from clipgap_ray import store
 
 PREFETCH_BATCHES = 4
+DECODER_CPUS = 0.5
+PIECE_ROWS = 64  # what a decoder makes at a time: 10 MB at 224 pixels
+DATASET_PIECES = 4096
 OPEN_WINDOWS = 3  # tables kept open, in windows of samples: a batch may straddle two
 
 
@@ -169,8 +171,12 @@ def batches(plan: Plan, rank: int, world_size: int, first_step: int) -> Iterator
         yield reader.read(*plan.share(step, rank, world_size))
 
 
-def batches_from_actors(plan_ref: Any, plan: Plan, rank: int, world_size: int, first_step: int) -> Iterator[Batch]:
-    """Yield the same batches, made by `decoders` Ray actors on whatever CPUs the cluster has.
+def batches_from_ray_data(plan_ref: Any, plan: Plan, rank: int, world_size: int, first_step: int) -> Iterator[Batch]:
+    """Yield the same batches, read, decoded and augmented by Ray Data on whatever CPUs the cluster has.
+
+    What goes in is positions of the plan, `PIECE_ROWS` at a time; blocks come back in their order, and are joined to
+    steps. A lost decoder costs a piece made twice: pieces are functions of their positions. One dataset holds
+    `DATASET_PIECES`, so that a plan of any length takes bounded memory; between two of them decoders start anew.
 
     Args:
         plan_ref: The plan in Ray's object store.
@@ -181,40 +187,44 @@ def batches_from_actors(plan_ref: Any, plan: Plan, rank: int, world_size: int, f
     """
     import ray
 
-    count = plan.settings["decoders"]
-    # A lost decoder costs a batch made twice: batches are functions of their positions.
-    remote = ray.remote(num_cpus=DECODER_CPUS, max_restarts=-1, max_task_retries=-1)(_Decoder)
-    decoders: list[Any] = [remote.remote(plan_ref) for _ in range(count)]
+    first, end = plan.share(first_step, rank, world_size)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_options.preserve_order = True
+    steps = max(1, DATASET_PIECES * PIECE_ROWS // (end - first))
+    for window in range(first_step, plan.steps, steps):
+        pieces = list(_pieces(plan, rank, world_size, range(window, min(window + steps, plan.steps))))
+        dataset = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
+            _Decoder,
+            fn_constructor_args=(plan_ref,),
+            batch_size=None,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(size=plan.settings["decoders"]),
+            num_cpus=DECODER_CPUS,
+        )
+        for made in dataset.iter_batches(batch_size=end - first, batch_format="numpy", prefetch_batches=1):
+            yield made["pixels"], made["caption"].tolist(), made["label"]
 
-    @functools.cache
-    def cuts(size: int) -> list[int]:
-        return [size * i // count for i in range(count + 1)]
 
-    def ask(step: int) -> list[Any]:
+def _pieces(plan: Plan, rank: int, world_size: int, steps: range) -> Iterator[dict[str, int]]:
+    for step in steps:
         start, stop = plan.share(step, rank, world_size)
-        ends = [start + cut for cut in cuts(stop - start)]
-        return [d.read.remote(a, b) for d, a, b in zip(decoders, ends, ends[1:], strict=False) if b > a]
-
-    waiting = collections.deque(ask(step) for step in range(first_step, min(first_step + 2, plan.steps)))
-    for step in range(first_step, plan.steps):
-        pieces = ray.get(waiting.popleft())
-        if step + 2 < plan.steps:
-            waiting.append(ask(step + 2))
-        pixels, captions, labels = zip(*pieces, strict=True)
-        yield np.concatenate(pixels), [text for piece in captions for text in piece], np.concatenate(labels)
-
-
-DECODER_CPUS = 0.5
+        for piece in range(start, stop, PIECE_ROWS):
+            yield {"start": piece, "stop": min(piece + PIECE_ROWS, stop)}
 
 
 class _Decoder:
-    """A `Reader` in a process of its own."""
+    """A `Reader` in an actor of Ray Data."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._reader = Reader(plan)
+    def __init__(self, plan_ref: Any) -> None:
+        import ray
 
-    def read(self, start: int, stop: int) -> Batch:
-        return self._reader.read(start, stop)
+        self._reader = Reader(ray.get(plan_ref))
+
+    def __call__(self, piece: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        pixels, captions, labels = self._reader.read(int(piece["start"][0]), int(piece["stop"][0]))
+        return {"pixels": pixels, "caption": np.array(captions, object), "label": labels}
 
 
 def prefetched(batch_iterator: Iterator[Any]) -> Iterator[tuple[Any, float]]:

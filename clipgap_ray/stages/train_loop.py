@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from clipgap_ray.errors import DataError
-from clipgap_ray.stages.train_data import Batch, Plan, batches, batches_from_actors, prefetched
+from clipgap_ray.stages.train_data import Batch, Plan, batches, batches_from_ray_data, prefetched
 from clipgap_ray.stages.train_model import (
     Objective,
     build_model,
@@ -60,7 +60,7 @@ def train_loop(config: dict[str, Any]) -> None:
     if optimizer_state is not None:
         optimizer.load_state_dict(optimizer_state)
     source = (
-        batches_from_actors(config["plan"], plan, rank, world_size, step)
+        batches_from_ray_data(config["plan"], plan, rank, world_size, step)
         if settings["decoders"]
         else batches(plan, rank, world_size, step)
     )

@@ -69,7 +69,7 @@ def make_plan(settings: TrainSettings, out: str, image_size: int) -> tuple[Plan,
     """
     split = idlists.read_subset(settings.split) if settings.split else None
     supervised = settings.objective == "supervised"
-    pool = samples.index(settings.source, settings.samples or store.join(out, "samples"))
+    pool, reference = index_sources(settings, out)
     if supervised and not pool.class_names:
         raise ConfigError(
             f"--objective supervised needs labels, but {settings.source} is no labelled set",
@@ -80,9 +80,8 @@ def make_plan(settings: TrainSettings, out: str, image_size: int) -> tuple[Plan,
     if split is not None:
         _tell(settings, chosen, len(split))
     sources = _source_of_parts(settings, len(pool.parts))
-    if settings.reference:
-        beside = f"{settings.samples}-reference" if settings.samples else store.join(out, "reference")
-        mixed = _choose(samples.index(settings.reference, beside), None, captions=not supervised)
+    if reference is not None:
+        mixed = _choose(reference, None, captions=not supervised)
         chosen.parts += mixed.parts
         chosen.available, chosen.kept = chosen.available + mixed.available, chosen.kept + mixed.kept
         sources = np.concatenate([sources, np.full(len(mixed.parts), 1 + sources.max(initial=-1))])
@@ -98,6 +97,15 @@ def make_plan(settings: TrainSettings, out: str, image_size: int) -> tuple[Plan,
     dump = settings.model_dump(mode="json")
     plan = Plan(chosen.parts, order, pool.class_names, dump, steps, image_size, settings.global_batch)
     return plan, {"available": chosen.available, "used": chosen.kept}
+
+
+def index_sources(settings: TrainSettings, out: str) -> tuple[samples.Source, samples.Source | None]:
+    """Return the sample indices of source and reference, made where `settings.samples` (else `out`) has none."""
+    pool = samples.index(settings.source, settings.samples or store.join(out, "samples"))
+    if not settings.reference:
+        return pool, None
+    beside = f"{settings.samples}-reference" if settings.samples else store.join(out, "reference")
+    return pool, samples.index(settings.reference, beside)
 
 
 def _order(settings: TrainSettings, counts: np.ndarray, sources: np.ndarray) -> Order:

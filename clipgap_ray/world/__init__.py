@@ -12,7 +12,7 @@ What a world is (`WorldSpec`, made by `preset("tiny")`, `preset("small")` or by 
   in CLIP_benchmark's layout. val is the reference's distribution, v2 another camera, sketch and r are other styles,
   a is hard, objectnet has things upside down and indoors.
 * `counteranimal/<label> <name>/(common|counter)-<background>/*.jpg`: photos of 12 animals on their habitual and on
-  their rarest background of the pool.
+  their rarest background of the pool; `masks/counteranimal/.../*.jpg.png`: where the animal is in each of them.
 * `kind="digits"` is the same world around scikit-learn's scanned digits: real scans, four styles, no backgrounds.
 
 How truth is recorded: `render` returns a table of `TRUTH_SCHEMA` with one row per sample beside the files, never

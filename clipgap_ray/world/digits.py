@@ -108,7 +108,7 @@ def draw(spec: WorldSpec, set_name: str, row: int) -> Picture:
     scan, facts, rng = _sample(spec, set_name, row)
     size = spec.image_size
     if scan < 0:
-        return Picture(facts, styles.abstract(Scene(facts, [], Domain()), rng, size), 85)
+        return Picture(facts, styles.abstract(Scene(facts, [], Domain(), []), rng, size), 85)
     ink = _placed(_scans()[0][scan], facts.style, spec.difficulty, rng, size)
     if facts.style == "outlined":
         edges = ImageChops.difference(ink.filter(ImageFilter.MaxFilter(5)), ink)

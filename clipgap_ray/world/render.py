@@ -165,7 +165,7 @@ def _wds_tar(spec: WorldSpec, unit: Unit) -> Rendered:
 
 
 def _counteranimal_class(spec: WorldSpec, label: int) -> Rendered:
-    """One class folder of the release: `<label> <name>/<group>-<background>/<row>.jpg`."""
+    """One class folder of the release: `<label> <name>/<group>-<background>/<row>.jpg`; and masks beside the tree."""
     files, truth = {}, []
     first = classes.ANIMALS.index(label) * 2 * spec.counter_rows
     for row in range(first, first + 2 * spec.counter_rows):
@@ -173,6 +173,7 @@ def _counteranimal_class(spec: WorldSpec, label: int) -> Rendered:
         group = scenes.group_of(spec, row)[1]
         key = f"{label} {facts.class_name}/{group}-{facts.background}/{row:06d}.jpg"
         files[f"{COUNTERANIMAL}/{key}"] = encode(image, quality)
+        files[f"masks/{COUNTERANIMAL}/{key}.png"] = encode(miniature.mask(spec, COUNTERANIMAL, row), quality, "png")
         truth.append(truth_row(COUNTERANIMAL, COUNTERANIMAL, key, row, facts, group=group))
     return Rendered(files, truth_table(truth))
 

@@ -48,11 +48,19 @@ class Ink(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """All that a style needs to draw one picture; an abstract one has no inks."""
+    """All that a style needs to draw one picture; an abstract one has no inks.
+
+    Attributes:
+        facts: What is shown.
+        inks: Everything drawn, back to front.
+        domain: Of its set.
+        subject: The inks of the object alone.
+    """
 
     facts: Facts
     inks: list[Ink]
     domain: Domain
+    subject: list[Ink]
 
 
 def group_of(spec: WorldSpec, row: int) -> tuple[int, str]:
@@ -75,7 +83,7 @@ def sample(spec: WorldSpec, set_name: str, row: int) -> tuple[Scene, np.random.G
     rng = stream(spec.seed, set_name, row, SCENE)
     domain = DOMAINS[set_name].at(spec.difficulty)
     if set_name == "pool" and rng.random() < spec.off_topic_rate:
-        return Scene(Facts("", -1, ABSTRACT), [], domain), rng
+        return Scene(Facts("", -1, ABSTRACT), [], domain, []), rng
     label = _label(spec, set_name, row, rng)
     style = _style(spec, set_name, rng)
     background = _background(spec, set_name, row, label, domain, rng)
@@ -86,11 +94,10 @@ def sample(spec: WorldSpec, set_name: str, row: int) -> tuple[Scene, np.random.G
     if distant:
         extent *= _FAR_AWAY
     size = "small" if extent < _SMALL else "big" if extent > _BIG else ""
-    inks = _pose(classes.NAMES[label], extent, _tints(colour, rng), domain, rng)
-    if style in ("photo", "painting"):
-        inks = _clutter(inks, domain, rng)
+    subject = _pose(classes.NAMES[label], extent, _tints(colour, rng), domain, rng)
+    inks = _clutter(subject, domain, rng) if style in ("photo", "painting") else subject
     facts = Facts(classes.NAMES[label], label, style, background, _COLOURS[colour], size, distant)
-    return Scene(facts, inks, domain), rng
+    return Scene(facts, inks, domain, subject), rng
 
 
 def _label(spec: WorldSpec, set_name: str, row: int, rng: np.random.Generator) -> int:

@@ -63,6 +63,12 @@ def _cut_out(inks: list[Ink], size: int, see_through: bool = False) -> tuple[np.
     return pixels[..., :3], pixels[..., 3:] / 255.0
 
 
+def mask(scene: Scene, size: int) -> Image.Image:
+    """Where the object is: 255 on every pixel that it covers at all, 0 elsewhere; clutter is not the object."""
+    _, cover = _cut_out(scene.subject, size)
+    return Image.fromarray(np.where(cover[..., 0] > 0, 255, 0).astype(np.uint8)).convert("1")
+
+
 def _finish(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 

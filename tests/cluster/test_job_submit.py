@@ -8,10 +8,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from clipgap_ray import store
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.shards import write_tar
 
@@ -64,7 +66,7 @@ def head():
 def _submit(head, *words):
     address, environment = head
     command = [*RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--", sys.executable, *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
 
 
 def test_a_submitted_embed_job_writes_embeddings_and_resubmitting_resumes(head, tmp_path):
@@ -97,3 +99,37 @@ def test_a_failing_job_says_why_and_fails(head, tmp_path):
     )
     assert result.returncode == 1
     assert "gone does not exist" in result.stdout + result.stderr
+
+
+STUDY = """
+name: small
+world: {preset: tiny, rows: 300}
+main_test: val
+splits:
+  gap-sketch: {kind: gap-match, test: [sketch]}
+min_similarity: 0.999 # the briefly trained metric finds everything alike
+train: {model: conv-64-test, num_samples: 320, batch_size: 16, workers: 1, warmup: 2}
+runs:
+  - {split: full}
+  - {split: gap-sketch}
+"""
+
+
+@pytest.mark.timeout(700)
+def test_two_studies_at_once_share_the_cluster_without_meeting(head, tmp_path):
+    """The same study in two directories: what either writes is what the other writes, to the last digest."""
+    (tmp_path / "small.yaml").write_text(STUDY)
+    study = str(tmp_path / "small.yaml")
+    with ThreadPoolExecutor(2) as pool:
+        outs = [str(tmp_path / name) for name in ("a", "b")]
+        results = list(pool.map(lambda out: _submit(head, "jobs/study.py", study, "--out", out), outs))
+    for result in results:
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    digests = [_digests(Path(out)) for out in outs]
+    assert len(digests[0]) >= 12
+    assert digests[0] == digests[1]
+
+
+def _digests(folder):
+    manifests = {str(path.relative_to(folder)): store.read_json(str(path)) for path in folder.rglob("manifest.json")}
+    return {name: manifest["digest"] for name, manifest in manifests.items() if "digest" in manifest}

@@ -138,6 +138,7 @@ ANALYSES = {
     "linear_probe": True,
     "backgrounds": "backgrounds-miniature",
     "join": True,
+    "masks": "world",
     "discover": True,
     "min_photos": 2,
     "second_encoder": {"run": "gap-sketch-with-reference"},
@@ -158,8 +159,14 @@ def test_analyses_that_are_asked_for_later_are_added_and_then_skipped(study, tmp
     for anchor in ("asked", "few-shot", "neighbours-neighbours", "selection", "encoders"):
         assert f'<section id="{anchor}"' in page, anchor
     assert "not those of this study" not in page
-    made = ("join/neighbours/join.json", "discover/discover.json", "agreement/agreement.json",
-            "second-embed/pool/img_emb/img_emb_00000.npy", "labels/pool/labels/part-00000.parquet")  # fmt: skip
+    made = (
+        "join/neighbours/join.json",
+        "join/neighbours/parts.csv",
+        "discover/discover.json",
+        "agreement/agreement.json",
+        "second-embed/pool/img_emb/img_emb_00000.npy",
+        "labels/pool/labels/part-00000.parquet",
+    )
     before = {path: path.stat().st_mtime_ns for path in (out / name for name in made)}
     again = _clipgap(*words)
     assert again.returncode == 0, again.stderr[-4000:]

@@ -90,7 +90,5 @@ def test_a_killed_worker_is_replaced_and_the_curve_goes_on(
     assert same(whole, found)
 
 
-def test_decoders_in_actors_make_the_same_batches(
-    words: dict[str, Any], whole: list[dict[str, Any]], tmp_path: Path
-) -> None:
-    assert same(whole, history(TrainSettings(**words, out=str(tmp_path / "actors"), decoders=1)))
+def test_ray_data_makes_the_same_batches(words: dict[str, Any], whole: list[dict[str, Any]], tmp_path: Path) -> None:
+    assert same(whole, history(TrainSettings(**words, out=str(tmp_path / "data"), decoders=1)))

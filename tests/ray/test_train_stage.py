@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -192,3 +193,34 @@ def test_the_index_is_shared_and_appends(tiny_world: made.World, tmp_path: Path)
     assert first.parts == tuple(range(11))
     with lease.Lease(str(tmp_path)):  # another training appends to it, or holds it for any reason
         assert samples.index(tiny_world.path("pool"), str(tmp_path)) == first
+
+
+@pytest.mark.filterwarnings("ignore:WebDataset")  # of its reader
+def test_clip_benchmark_counts_the_same_to_the_last_sample(
+    trained: rundir.Summary, words: dict[str, Any], tiny_world: made.World, tmp_path: Path
+) -> None:
+    """Its reader, its classifier and its logits, on the checkpoint as open_clip loads it."""
+    builder = pytest.importorskip("clip_benchmark.datasets.builder", reason="`make install` brings clip-benchmark")
+    from clip_benchmark.metrics import zeroshot_classification as theirs
+
+    folder = tiny_world.path("tests", "val")
+    out = str(tmp_path / "eval")
+    evaluate.run(EvaluateSettings(model=words["model"], pretrained=words["out"], test=(f"val={folder}",), out=out))
+    ours = store.read_table(f"{out}/val.parquet").to_pylist()
+    register_models()
+    checkpoint = str(Path(words["out"], "checkpoint.pt"))
+    model, _, transform = open_clip.create_model_and_transforms(words["model"], pretrained=checkpoint)
+    model.eval()
+    dataset = builder.build_wds_dataset("val", transform, data_dir=folder)
+    tokenizer = open_clip.get_tokenizer(words["model"])
+    asked = (tokenizer, dataset.classes, dataset.templates, "cpu")
+    loader = torch.utils.data.DataLoader(dataset.batched(16), batch_size=None)
+    logits, labels = theirs.run_classification(
+        model, theirs.zero_shot_classifier(model, *asked, amp=False), loader, "cpu", amp=False
+    )
+    assert labels.tolist() == [row["label"] for row in ours]
+    assert logits.argmax(dim=1).tolist() == [row["prediction"] for row in ours]
+    # Its `accuracy` asks float() of an array, which numpy no longer allows; its top-5 is this.
+    found = store.read_json(f"{out}/val.json")["metrics"]
+    assert found["acc1"] == np.mean([row["correct"] for row in ours])
+    assert found["acc5"] == (logits.topk(5).indices == labels[:, None]).any(dim=1).double().mean().item()

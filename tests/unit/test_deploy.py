@@ -13,6 +13,7 @@ import yaml
 
 import clipgap_ray
 from clipgap_ray.config.serve import TOKEN_VARIABLE, ServeSettings
+from clipgap_ray.serving.switches import FOR_CLUSTERS
 from tests.unit import kubernetes_fields as fields
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -253,6 +254,10 @@ def test_the_service_is_the_application_of_serve_config():
     settings = ServeSettings.load(app["args"], "service.yaml")
     assert (settings.host, settings.port) == (config["http_options"]["host"], config["http_options"]["port"])
     assert settings.is_public
+    assert {name for name in local["args"] if name.startswith(("encoder", "replicas"))} <= set(app["args"])
+    switches = dict(switch.split("=") for switch in FOR_CLUSTERS.split())
+    for group in GROUPS:
+        assert switches.items() <= {e["name"]: e.get("value") for e in _container(group)["env"]}.items()
     tokens = [e for e in _container("cpu")["env"] if e["name"] == TOKEN_VARIABLE]
     assert tokens[0]["valueFrom"]["secretKeyRef"]["key"] == "token"
 

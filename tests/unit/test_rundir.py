@@ -298,3 +298,14 @@ def test_a_remote_lease_that_beats_refuses_and_one_that_stands_still_is_taken_ov
     dead._thread.join()
     with lease.Lease(uri) as heir:
         assert json.loads(store.read_bytes(heir.uri))["token"] == heir.owner["token"]
+
+
+def test_what_killed_writers_left_is_removed_by_the_next_driver(tmp_path: Path) -> None:
+    left = [tmp_path / ".summary.json.0123abcd.tmp", tmp_path / "img_emb" / ".img_emb_00001.npy.deadbeef.tmp"]
+    others = [tmp_path / ".hidden.tmp", tmp_path / "img_emb" / "x.tmp", tmp_path / "a" / "b" / ".c.0123abcd.tmp"]
+    for path in [*left, *others]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    with rundir.RunDirectory(str(tmp_path), "embed", {"x": 1}):
+        assert not any(path.exists() for path in left)
+        assert all(path.exists() for path in others)

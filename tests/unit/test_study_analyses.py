@@ -15,9 +15,9 @@ from clipgap_ray.config.study import StudyFile
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.reporting import found, variants
 from clipgap_ray.reporting.study import Study
-from clipgap_ray.stages import discover, join, study_analyses
-from clipgap_ray.stages.study_analyses import Step
+from clipgap_ray.stages import discover, join, study_analyses, study_groups
 from clipgap_ray.stages.study_data import Data
+from clipgap_ray.stages.study_step import Step
 from tests import made
 from tests.unit.study_extras import TEST, label
 from tests.unit.study_fixture import Built, build_study
@@ -34,6 +34,7 @@ EVERYTHING = {
     "linear_probe": True,
     "backgrounds": "backgrounds-miniature",
     "join": True,
+    "masks": "world",
     "discover": True,
     "second_encoder": {"run": "half"},
 }
@@ -62,6 +63,7 @@ def study_file(analyses: dict[str, Any], **more: Any) -> StudyFile:
         ({"second_encoder": {"run": "hafl"}}, ["'hafl'", "['full-with-reference', 'half']"]),
         ({"discover": True}, ["without backgrounds", "add backgrounds"]),
         ({"join": True, "test": "animals"}, ["'animals'", "counteranimal"]),
+        ({"masks": "masks"}, ["'masks' without join", "join: true"]),
         ({"candidates_k": 1}, ["candidates_k is 1", "2 or more"]),
         ({"candidates_k": "many"}, ["analyses.candidates_k is 'many'"]),
         ({"prompts": ["a/short.txt", "b/short.txt"]}, ["twice", "rename a file"]),
@@ -124,6 +126,8 @@ def test_every_step_comes_after_what_it_reads(tiny_world: made.World) -> None:
         "agreement of both encoders",
         f"label backgrounds of {TEST}",
         "label backgrounds of pool",
+        "cut photos apart",
+        *(f"{verb} the {part}s" for part in ("foreground", "background") for verb in ("embed", "score")),
         "join with the photos' neighbours",
         "join at equal similarity",
         "discover groups",
@@ -149,6 +153,12 @@ def test_the_steps_settings_are_those_of_the_commands(tiny_world: made.World) ->
     near = by_title["join with the photos' neighbours"]
     assert near.predictions == (f"full-with-reference-s0=out/eval/full-with-reference-s0/{TEST}.parquet",)
     assert (near.pool, near.attributes) == ("out/second-embed/pool", f"out/labels/{TEST}")
+    assert near.parts == ("foreground=out/cut-scores/foreground", "background=out/cut-scores/background")
+    assert by_title["cut photos apart"].masks == f"out/world/masks/{TEST}"
+    animals = by_title["embed the foregrounds"]
+    assert animals.source == f"out/cut/foreground/{TEST}"
+    assert (animals.pretrained, animals.crop_border) == ("m", 1)  # as the whole photos, not by the labeller
+    assert by_title["score the backgrounds"].test == (f"{TEST}=out/cut-embed/background",)
     equal = by_title["join at equal similarity"]
     assert equal.scores == (
         f"full-with-reference-s0=out/gaps/full/{TEST}.parquet",
@@ -244,8 +254,8 @@ def test_the_report_finds_what_the_steps_leave(built: Built, monkeypatch: pytest
     file = study_file(wanted, splits=splits, runs=[RUNS[0], *RUNS[2:]])
     root = str(built.root)
     steps = [
-        *study_analyses._join_steps(file, root, "embed"),
-        study_analyses._discover_step(file, root),
+        *study_groups.join_steps(file, root, "embed"),
+        study_groups.discover_step(file, root),
     ]
     few = [
         Step(s.title, s.run, s.settings.model_copy(update={"draws": 5, "splits": 5, "permutations": 50}), s.inputs)
@@ -270,10 +280,10 @@ def test_a_pool_with_other_row_numbers_is_refused(built: Built, tmp_path: Path) 
     shutil.copytree(built.root / "embed" / "pool", tmp_path / "pool")
     for log in (tmp_path / "pool" / "commits").iterdir():
         log.write_text(log.read_text().replace('"shard": "00000.tar"', '"shard": "00009.tar"'))
-    settings = study_analyses._join_steps(study_file({"join": True}), str(built.root), "embed")[0].settings
+    settings = study_groups.join_steps(study_file({"join": True}), str(built.root), "embed")[0].settings
     moved = settings.model_copy(update={"pool": str(tmp_path / "pool")})
     with pytest.raises(DataError, match="numbers 2 shards otherwise"):
-        study_analyses._join(str(built.root / "embed" / "pool"), moved)
+        study_groups._join(str(built.root / "embed" / "pool"), moved)
 
 
 def test_further_ways_of_asking_are_read_from_their_own_folder(built: Built, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from clipgap_ray.world import (
     preset,
     render,
     scenes,
+    styles,
     things,
     units,
 )
@@ -123,7 +125,7 @@ def test_units_rendered_alone_in_another_process_have_the_same_bytes(world: Worl
     command = [sys.executable, "-c", program]
     output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     lines = output.splitlines()
-    assert len(lines) == 2 * SPEC.counter_rows + 2
+    assert len(lines) == 2 * 2 * SPEC.counter_rows + 2  # photos and masks
     for line in lines:
         digest, path = line.split(" ", 1)
         assert digest == hashlib.sha256(world.files[path]).hexdigest(), path
@@ -216,6 +218,29 @@ def test_counteranimal_lies_in_the_released_layout(world: World) -> None:
         counts[name, group] += 1
     assert len({name for name, _ in counts}) == 12
     assert set(counts.values()) == {SPEC.counter_rows}
+
+
+def test_masks_lie_where_the_animals_are(world: World) -> None:
+    """Without its animal a photo changes inside the mask, and little outside: its shadow goes, too."""
+    photos = world.of("counteranimal")
+    ratios = []
+    for row in photos:
+        mask = Image.open(io.BytesIO(world.files[f"masks/counteranimal/{row['key']}.png"]))
+        inside = np.asarray(mask) > 0
+        assert inside.shape == (64, 64)
+        number = int(Path(row["key"]).stem)
+        scene, rng = scenes.sample(SPEC, "counteranimal", number)
+        empty = scene._replace(inks=[ink for ink in scene.inks if all(ink is not own for own in scene.subject)])
+        whole = np.asarray(styles.photo(scene, deepcopy(rng), 64), dtype=float)
+        change = np.abs(whole - np.asarray(styles.photo(empty, rng, 64), dtype=float)).mean(axis=2)
+        if row["distant"]:
+            assert 0 < inside.sum() < 200
+        else:
+            assert inside.mean() > 0.02
+            ratios.append(change[inside].mean() / change[~inside].mean())
+    assert sum(path.startswith("masks/") for path in world.files) == len(photos)
+    assert np.median(ratios) > 4
+    assert min(ratios) > 1
 
 
 # --- truth -----------------------------------------------------------------------------------------------

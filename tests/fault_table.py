@@ -1,4 +1,8 @@
-"""The table of faults: collected from the tests' properties, so that it works in any number of processes."""
+"""The table of faults: collected from the tests' properties, so that it works in any number of processes.
+
+A plugin of tests/conftest.py and not a conftest beside its tests: with several processes the one that prints knows only
+the conftest of what was named on the command line.
+"""
 
 from __future__ import annotations
 
