@@ -112,14 +112,15 @@ class TwoNodes:
         assert self._answer() == "lost"
 
     def workers(self, name: bytes = b"") -> list[int]:
-        """Processes that run a task or an actor of Ray whose title has this in it."""
+        """Processes that run a task or an actor of Ray whose title has this in it; a node's agents are none."""
         found = []
         for entry in Path("/proc").iterdir():
             try:
                 if not entry.name.isdigit() or self.mark.encode() not in (entry / "environ").read_bytes():
                     continue
                 title = (entry / "cmdline").read_bytes()
-                if title.startswith(b"ray::") and b"IDLE" not in title and name in title:
+                ours = not any(word in title for word in (b"IDLE", b"DashboardAgent", b"RuntimeEnvAgent"))
+                if title.startswith(b"ray::") and ours and name in title:
                     found.append(int(entry.name))
             except OSError:
                 continue
