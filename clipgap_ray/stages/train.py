@@ -29,7 +29,7 @@ from clipgap_ray.stages import train_report
 from clipgap_ray.stages.autoscaler import launchable
 from clipgap_ray.stages.session import Progress, cluster_cpus, connect, resolve_device, waiting
 from clipgap_ray.stages.train_data import DECODER_CPUS, Plan
-from clipgap_ray.stages.train_loop import train_loop
+from clipgap_ray.stages.train_loop import opened, train_loop
 from clipgap_ray.stages.train_plan import make_plan
 
 WORKER_CPUS = 0.9  # two workers must fit beside fractions of other tasks on two CPUs
@@ -160,7 +160,7 @@ def _fit(settings: TrainSettings, plan: Plan, directory: rundir.RunDirectory) ->
         follower.join()
     if result.checkpoint is None:
         raise DataError(f"{directory.uri}: training ended without a checkpoint", hint="run the same command again")
-    with result.checkpoint.as_directory() as folder:
+    with opened(result.checkpoint, directory.uri) as folder:
         state = torch.load(os.path.join(folder, "state.pt"), map_location="cpu", weights_only=True)
         with open(os.path.join(folder, "checkpoint.pt"), "rb") as file:
             store.write_bytes(directory.path("checkpoint.pt"), file.read())

@@ -7,6 +7,7 @@ than before, sees exactly what an uninterrupted one would have seen (design cont
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from clipgap_ray import store
 from clipgap_ray.errors import DataError
 from clipgap_ray.stages.train_data import Batch, Plan, batches, batches_from_ray_data, prefetched
 from clipgap_ray.stages.train_model import (
@@ -47,7 +49,7 @@ def train_loop(config: dict[str, Any]) -> None:
     step, history, optimizer_state, starts = 0, [], None, [0]
     checkpoint = ray.train.get_checkpoint()
     if checkpoint:
-        with checkpoint.as_directory() as folder:
+        with opened(checkpoint, settings["out"]) as folder:
             state = torch.load(os.path.join(folder, "state.pt"), map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         step, history, optimizer_state = state["step"], state["history"], state["optimizer"]
@@ -74,6 +76,23 @@ def train_loop(config: dict[str, Any]) -> None:
             _report(wrapped, optimizer, {"step": step, "history": history, "starts": starts}, plan, rank)
 
     run_steps(plan, wrapped, optimizer, source, step, rank, world_size, device, after_step)
+
+
+@contextlib.contextmanager
+def opened(checkpoint: Any, uri: str) -> Iterator[str]:
+    """Open a checkpoint's folder; from an object store it is downloaded, again when the network fails.
+
+    Args:
+        checkpoint: Ray Train's.
+        uri: The run directory that holds it.
+    """
+    if store.is_local(uri):
+        with checkpoint.as_directory() as folder:
+            yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="clipgap-checkpoint-") as folder:
+        store.patiently(uri, lambda: checkpoint.to_directory(folder))
+        yield folder
 
 
 def run_steps(
