@@ -95,7 +95,8 @@ def _side_by_side(todo: list[TrainSettings], places: int) -> None:
     except BaseException:  # Ctrl-C, or a limit of the command: checkpoints stay, drivers put down their leases
         for reference in running:
             ray.cancel(reference)
-        ray.wait(list(running), num_returns=len(running), timeout=LEAVE_S)
+        if running:
+            ray.wait(list(running), num_returns=len(running), timeout=LEAVE_S)
         raise
     finally:
         progress.close()

@@ -22,6 +22,7 @@ import pyarrow as pa
 from PIL import Image
 
 from clipgap_ray import store
+from clipgap_ray.errors import ClipgapError
 
 PREFETCH_BATCHES = 4
 DECODER_CPUS = 0.5
@@ -203,8 +204,11 @@ def batches_from_ray_data(plan_ref: Any, plan: Plan, rank: int, world_size: int,
             compute=ray.data.ActorPoolStrategy(size=plan.settings["decoders"]),
             num_cpus=DECODER_CPUS,
         )
-        for made in dataset.iter_batches(batch_size=end - first, batch_format="numpy", prefetch_batches=1):
-            yield made["pixels"], made["caption"].tolist(), made["label"]
+        try:
+            for made in dataset.iter_batches(batch_size=end - first, batch_format="numpy", prefetch_batches=1):
+                yield made["pixels"], made["caption"].tolist(), made["label"]
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, ClipgapError) else error from None
 
 
 def _pieces(plan: Plan, rank: int, world_size: int, steps: range) -> Iterator[dict[str, int]]:

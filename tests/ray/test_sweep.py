@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from clipgap_ray.config.train import TrainSettings
-from clipgap_ray.errors import ConfigError
+from clipgap_ray.errors import ConfigError, StoppedError
 from clipgap_ray.stages import sweep, train
 from tests import made
 
@@ -52,6 +52,19 @@ def test_an_error_lets_the_neighbour_finish_and_starts_no_other(words: dict[str,
         sweep.run([good, bad, late], side_by_side=2)
     assert train.is_complete(good.out)
     assert not Path(late.out).exists()
+
+
+def test_a_limit_that_is_reached_between_two_trainings_is_what_is_raised(
+    words: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reached() -> None:
+        raise StoppedError("stopped after 1 hour")
+
+    monkeypatch.setattr(sweep, "_drive", lambda *_: None)
+    monkeypatch.setattr("clipgap_ray.stages.limits.check", reached)
+    runs = [TrainSettings(**words, out=str(tmp_path / f"s{seed}"), seed=seed) for seed in range(2)]
+    with pytest.raises(StoppedError, match="after 1 hour"):
+        sweep._side_by_side(runs, places=1)
 
 
 @pytest.mark.parametrize(
