@@ -3,15 +3,15 @@
     python benchmarks/nodes.py [--rounds 3]
 
 A node is Ray's own: a raylet with its workers, held on one core by the kernel. The driver and the cluster's head
-processes run on the first core in both cases, so that two nodes have exactly one core more than one. Each case runs
-over few and over many rows; the difference is without start-up. Needs two cores that nobody else uses.
+processes run on the first core in both cases, so that two nodes have exactly one core more than one. A rate is that of
+the parts written after the first third, until the last: by then every node's workers have loaded what they need, which
+on two nodes takes longer (one core starts everything). Needs two cores that nobody else uses.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -24,19 +24,18 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
+import score_scale
 from embed import photograph, write_shards
-from score_scale import write
 
-#: (few, many) rows, and what of the output is the result.
+#: Rows, rows per part, and what of the output is the result; the first of these has one file per part.
 CASES = {
-    "embed": ((1024, 6144), ("img_emb", "text_emb", "metadata")),
-    "score": ((200_000, 1_000_000), ("pool", "queries")),
+    "embed": (20_480, 256, ("img_emb", "text_emb", "metadata")),
+    "score": (1_000_000, 25_000, ("pool/test", "queries")),
 }
-PER_SHARD = 128
 QUERIES, DIM = 5000, 512
 
 CHILD = """
-import json, os, sys, time
+import os, sys
 import ray
 from ray.cluster_utils import Cluster
 stage, source, tests, out, nodes, folder = sys.argv[1:]
@@ -58,16 +57,14 @@ else:
     from clipgap_ray.config.score import ScoreSettings as Settings
     from clipgap_ray.stages import score as module
     settings = Settings(pool=source, test=(f"test={tests}",), reference=(tests,), out=out, k=10)
-started = time.perf_counter()
 module.run(settings)
-print(json.dumps(time.perf_counter() - started), flush=True)
 ray.shutdown()
 cluster.shutdown()
 """
 
 
-def seconds(stage: str, source: str, tests: str, out: Path, nodes: int) -> float:
-    """Run a stage on a fresh cluster; returns the seconds that the stage took."""
+def run(stage: str, source: str, tests: str, out: Path, nodes: int) -> None:
+    """Run a stage on a fresh cluster."""
     folder = tempfile.mkdtemp(prefix="cg-nodes-", dir="/tmp")
     env = {**os.environ, "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     env.pop("RAY_ADDRESS", None)
@@ -76,7 +73,13 @@ def seconds(stage: str, source: str, tests: str, out: Path, nodes: int) -> float
     shutil.rmtree(folder, ignore_errors=True)
     if done.returncode:
         sys.exit(f"{stage} on {nodes} nodes failed:\n{done.stderr[-3000:]}")
-    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def rate(folder: Path, part_rows: int) -> float:
+    """Rows per second by the times at which parts were written, the first third left out."""
+    times = sorted(path.stat().st_mtime for path in folder.iterdir())
+    first = len(times) // 3
+    return (len(times) - 1 - first) * part_rows / (times[-1] - times[first])
 
 
 def digest(out: Path, kinds: tuple[str, ...]) -> str:
@@ -99,35 +102,33 @@ def main() -> None:
     if len(os.sched_getaffinity(0)) < 2:
         sys.exit("needs two cores")
     print(f"load {os.getloadavg()[0]:.1f} before the start\n")
-    print("| stage | one node, rows/s | two nodes, rows/s | ratio | same bytes |\n|---|---:|---:|---:|---|")
+    print("| stage | one node, rows/s | two nodes, rows/s | ratio | same bytes |\n|---|---:|---:|---:|---|", flush=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as root:
         rng = np.random.default_rng(0)
-        tests = write(Path(root, "tests"), QUERIES, DIM, rng)
-        images = [photograph(256, seed) for seed in range(64)] if "embed" in (options.stage or CASES) else []
+        tests = score_scale.write(Path(root, "tests"), QUERIES, DIM, rng)
         for stage in options.stage or CASES:
-            sizes, kinds = CASES[stage]
-            sources = {
-                rows: write_shards(Path(root, f"shards-{rows}"), rows, PER_SHARD, images)
+            rows, score_scale.PART_ROWS, kinds = CASES[stage]
+            source = (
+                write_shards(Path(root, "shards"), rows, CASES[stage][1], [photograph(256, seed) for seed in range(64)])
                 if stage == "embed"
-                else write(Path(root, f"pool-{rows}"), rows, DIM, rng)
-                for rows in sizes
-            }
+                else score_scale.write(Path(root, "pool"), rows, DIM, rng)
+            )
             rates: dict[int, list[float]] = {1: [], 2: []}
             digests = set()
             for number in range(options.rounds):
-                for nodes in (1, 2):
-                    took = []
-                    for rows in sizes:
-                        out = Path(root, f"{stage}-{rows}-{nodes}-{number}")
-                        took.append(seconds(stage, sources[rows], tests, out, nodes))
-                        if rows == max(sizes):
-                            digests.add(digest(out, kinds))
-                        shutil.rmtree(out)
-                    rates[nodes].append((sizes[1] - sizes[0]) / (took[1] - took[0]))
-            one, two = (statistics.median(rates[nodes]) for nodes in (1, 2))
-            shown = [f"{statistics.median(v):,.0f} ({min(v):,.0f} to {max(v):,.0f})" for v in rates.values()]
-            same = "yes" if len(digests) == 1 else "NO"
-            print(f"| {stage} | {shown[0]} | {shown[1]} | {two / one:.2f} | {same} |", flush=True)
+                for nodes in rates:
+                    out = Path(root, f"{stage}-{nodes}-{number}")
+                    run(stage, source, tests, out, nodes)
+                    rates[nodes].append(rate(out / kinds[0], CASES[stage][1]))
+                    digests.add(digest(out, kinds))
+                    shutil.rmtree(out)
+            ratios = [two / one for one, two in zip(rates[1], rates[2], strict=True)]
+            cells = [*(_cell(values, ",.0f") for values in rates.values()), _cell(ratios, ".2f")]
+            print(f"| {stage} | {' | '.join(cells)} | {'yes' if len(digests) == 1 else 'NO'} |", flush=True)
+
+
+def _cell(values: list[float], form: str) -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""The training step under Ray Train against the same loop under torchrun, and a virtual split against a copy of it.
+"""The training step beside torchrun and open_clip's own program, and a virtual split against a copy of it.
 
-`ray`: two gloo workers, the same model, plan and step function (`train_loop.run_steps`), in alternating blocks;
-samples/s between the first row of metrics and the last: start-up does not count. torchrun is also compared with itself.
+`ray`: two gloo workers, alternating blocks, samples/s between the first row of metrics and the last: start-up does not
+count. `torchrun` is the same model, plan and step function (`train_loop.run_steps`) without Ray, compared with itself,
+too; `open_clip` is open_clip_train.main on the same shards, model, batch and number of samples, one loader process per
+rank (needs webdataset and braceexpand).
 `split`: one process on half of a pool where it lies, and on a copy of that half; with training, and the loader alone.
 
     python benchmarks/train.py ray [--model conv-64] [--steps 60] [--blocks 5]
@@ -11,7 +13,9 @@ samples/s between the first row of metrics and the last: start-up does not count
 import argparse
 import io
 import json
+import os
 import pickle
+import re
 import statistics
 import subprocess
 import sys
@@ -27,6 +31,7 @@ from PIL import Image
 
 from clipgap_ray import schema, store
 from clipgap_ray.config.train import TrainSettings
+from clipgap_ray.encoder import register_models
 from clipgap_ray.shards import write_tar
 from clipgap_ray.stages import train
 from clipgap_ray.stages.train_data import Plan, batches
@@ -36,6 +41,13 @@ from clipgap_ray.stages.train_plan import make_plan
 
 SHARDS = 8
 IMAGE_SIZE = 64
+COMPARED = (
+    ("torchrun", "Ray Train"),
+    ("torchrun", "torchrun again"),
+    ("open_clip", "Ray Train"),
+    ("copy, training", "virtual split, training"),
+    ("copy, loader alone", "virtual split, loader alone"),
+)
 
 
 def write_pool(folder: Path, images: int, size: int, keep: Callable[[int], bool] = lambda number: True) -> list[str]:
@@ -51,8 +63,9 @@ def write_pool(folder: Path, images: int, size: int, keep: Callable[[int], bool]
             small = np.random.default_rng(number).integers(0, 256, (12, 12, 3), np.uint8)
             buffer = io.BytesIO()
             Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-            fields = json.dumps({"uid": uid, "caption": f"picture {number}"}).encode()
-            samples.append((f"{number:08d}", {"jpg": buffer.getvalue(), "json": fields}))
+            caption = f"picture {number}"
+            fields = json.dumps({"uid": uid, "caption": caption}).encode()
+            samples.append((f"{number:08d}", {"jpg": buffer.getvalue(), "txt": caption.encode(), "json": fields}))
             uids.append(uid)
         (folder / f"{shard:05d}.tar").write_bytes(write_tar(samples))
     return uids
@@ -81,18 +94,48 @@ def torchrun_worker(plan_path: str, out: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+
+
+def open_clip_rate(options: argparse.Namespace, pool: Path, out: Path) -> float:
+    """samples/s of open_clip's program, from when its lines come."""
+    words = {
+        "train-data": f"{pool}/{{{0:05d}..{SHARDS - 1:05d}}}.tar", "dataset-type": "webdataset",
+        "train-num-samples": 64 * options.steps, "model": options.model, "batch-size": 32, "workers": 1, "epochs": 1,
+        "precision": "fp32", "device": "cpu", "dist-backend": "gloo", "log-every-n-steps": 10, "save-frequency": 0,
+        "logs": out, "name": "run",
+    }  # fmt: skip
+    flags = [word for key, value in words.items() for word in (f"--{key}", str(value))]
+    flags += ["--local-loss", "--gather-with-grad", "--skip-scheduler"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    seen, said = [], []
+    command = [*LAUNCHER, __file__, "open_clip", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as run:
+        for line in run.stdout or ():
+            said.append(line)
+            found = re.search(r"Train Epoch: 0 \[ *(\d+)/", line)
+            if found:
+                seen.append((time.perf_counter(), int(found[1])))
+    if run.returncode or len(seen) < 2:
+        sys.exit(f"open_clip_train failed:\n{''.join(said)[-3000:]}")
+    return (seen[-1][1] - seen[0][1]) / (seen[-1][0] - seen[0][0])
+
+
 def against_torchrun(options: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
-    """Alternate runs of Ray Train and two of torchrun."""
+    """Alternate runs of Ray Train, two of torchrun, and one of open_clip's program."""
     write_pool(folder / "pool", options.images, 80)
     words = {
         "source": f"{folder}/pool", "samples": f"{folder}/samples", "model": options.model, "batch_size": 32,
         "workers": 2, "num_samples": 64 * options.steps, "checkpoint_every": 10**6, "report_to": (),
     }  # fmt: skip
-    rates: dict[str, list[float]] = {"torchrun": [], "Ray Train": [], "torchrun again": []}
+    rates: dict[str, list[float]] = {"torchrun": [], "Ray Train": [], "torchrun again": [], "open_clip": []}
     for block in range(options.blocks):
         for name in rates:
             out = folder / f"{block}-{name.replace(' ', '-')}"
             settings = TrainSettings(**words, out=str(out))
+            if name == "open_clip":
+                rates[name].append(open_clip_rate(options, folder / "pool", out))
+                continue
             if name == "Ray Train":
                 train.run(settings)
                 rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -100,16 +143,8 @@ def against_torchrun(options: argparse.Namespace, folder: Path) -> dict[str, lis
                 plan, _ = make_plan(settings, str(out), IMAGE_SIZE)
                 out.mkdir(exist_ok=True)
                 (out / "plan.pkl").write_bytes(pickle.dumps(plan))
-                launcher = [
-                    sys.executable,
-                    "-m",
-                    "torch.distributed.run",
-                    "--nproc-per-node",
-                    "2",
-                    "--standalone",
-                ]
                 work = [__file__, "worker", str(out / "plan.pkl"), str(out / "rows.json")]
-                subprocess.run([*launcher, *work], check=True, capture_output=True)
+                subprocess.run([*LAUNCHER, *work], check=True, capture_output=True)
                 rows = json.loads((out / "rows.json").read_text())
             rates[name].append(rate(rows))
     return rates
@@ -172,17 +207,19 @@ def main() -> None:
     )
     for what, values in rates.items():
         print(f"{what:28} {statistics.median(values):8.1f}  ({min(values):.1f} to {max(values):.1f})")
-    names = list(rates)
-    for one, other in zip(names[::2], names[1::2], strict=False):
-        pairs = [b / a for a, b in zip(rates[one], rates[other], strict=True)]
-        print(f"{other} / {one}: {statistics.median(pairs):.3f}  ({min(pairs):.3f} to {max(pairs):.3f})")
-    if len(names) == 3:
-        pairs = [b / a for a, b in zip(rates[names[0]], rates[names[2]], strict=True)]
-        print(f"{names[2]} / {names[0]}: {statistics.median(pairs):.3f}  ({min(pairs):.3f} to {max(pairs):.3f})")
+    for one, other in COMPARED:
+        if one in rates:
+            pairs = [b / a for a, b in zip(rates[one], rates[other], strict=True)]
+            print(f"{other} / {one}: {statistics.median(pairs):.3f}  ({min(pairs):.3f} to {max(pairs):.3f})")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         torchrun_worker(*sys.argv[2:])
+    elif sys.argv[1:2] == ["open_clip"]:
+        from open_clip_train.main import main as open_clip_main
+
+        register_models()
+        open_clip_main(sys.argv[2:])
     else:
         main()
