@@ -29,7 +29,7 @@ import torch
 import torch.distributed
 from PIL import Image
 
-from clipgap_ray import schema, store
+from clipgap_ray import filesystems, schema
 from clipgap_ray.config.train import TrainSettings
 from clipgap_ray.encoder import register_models
 from clipgap_ray.shards import write_tar
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(store.filesystem(name)[1])
+        folder = Path(filesystems.filesystem(name)[1])
         rates = against_torchrun(options, folder) if options.what == "ray" else against_a_copy(options, folder)
     print(
         f"{options.model}, {options.steps} steps a block, {options.blocks} blocks; medians of samples/s (least to most)"

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from clipgap_ray import environment, regions, store, testsets
+from clipgap_ray import environment, filesystems, regions, testsets
 from clipgap_ray.config.study import DoctorSettings
 from clipgap_ray.pixels import ImageError, open_picture
 from clipgap_ray.shards import Sample, Skip, estimate_rows, list_shards, read_shard, uid_rule
@@ -82,7 +82,7 @@ def run(settings: DoctorSettings) -> dict[str, Any]:
         ConfigError: If the source matches nothing.
         StorageError: If its store cannot be reached.
     """
-    store.configure(settings.storage.options())
+    filesystems.configure(settings.storage.options())
     if settings.cluster:
         from clipgap_ray.stages import nodes  # Ray only where it is asked for
 

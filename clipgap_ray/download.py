@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from clipgap_ray import store
+from clipgap_ray import filesystems, store
 from clipgap_ray.errors import ConfigError, DataError
 
 FOLDER_VARIABLE, BOUND_VARIABLE = "CLIPGAP_CACHE", "CLIPGAP_CACHE_GB"
@@ -50,8 +50,8 @@ def local_copy(uri: str, digest: str) -> str:
         ConfigError: If the bound of the cache is no number.
         StorageError: If the store does not answer, or the disk is full.
     """
-    if store.is_local(uri):
-        return str(store.filesystem(uri)[1])
+    if filesystems.is_local(uri):
+        return str(filesystems.filesystem(uri)[1])
     bound = _bound_bytes()
     target = cache_folder() / digest[:2] / digest
     target.parent.mkdir(parents=True, exist_ok=True)

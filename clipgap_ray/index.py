@@ -25,7 +25,7 @@ from typing import Any, Self
 import faiss
 import numpy as np
 
-from clipgap_ray import rundir, store
+from clipgap_ray import filesystems, rundir, store
 from clipgap_ray.download import local_copy
 from clipgap_ray.errors import DataError, IndexMismatchError
 from clipgap_ray.kernels import faiss_index
@@ -185,14 +185,14 @@ class IndexShard:
             "parts": {str(part): rows for part, rows in sorted(self.parts.items())},
         }
         row_ids = store.array_bytes(self.row_ids)
-        if not store.is_local(uri):
+        if not filesystems.is_local(uri):
             data = faiss_index.to_bytes(self.index)
             manifest["files"] = {"index.faiss": store.sha256(data), "row_ids.npy": store.sha256(row_ids)}
             store.write_bytes(store.join(uri, "index.faiss"), data)
             store.write_bytes(store.join(uri, "row_ids.npy"), row_ids)
             store.write_json(store.join(uri, "manifest.json"), manifest)
             return manifest
-        folder = store.filesystem(uri)[1]
+        folder = filesystems.filesystem(uri)[1]
         temporary = f"{folder}.{uuid.uuid4().hex[:8]}.tmp"
         try:
             with store.room(folder):
@@ -225,8 +225,8 @@ class IndexShard:
             uri = uri + ".old"
         manifest = store.read_json(store.join(uri, "manifest.json"))
         path, ids = store.join(uri, "index.faiss"), store.join(uri, "row_ids.npy")
-        if store.is_local(uri):
-            path, ids = store.filesystem(path)[1], store.filesystem(ids)[1]
+        if filesystems.is_local(uri):
+            path, ids = filesystems.filesystem(path)[1], filesystems.filesystem(ids)[1]
             found = {"index.faiss": store.file_sha256(path), "row_ids.npy": store.file_sha256(ids)}
             _check_files(uri, manifest["files"], found)
             index = faiss_index.read(path, mmap)
@@ -340,6 +340,6 @@ def write_excluded(uri: str, row_ids: np.ndarray) -> None:
     if len(row_ids):
         store.write_bytes(path, store.array_bytes(np.unique(np.asarray(row_ids, np.int64))))
         return
-    fs, inside = store.filesystem(path)
+    fs, inside = filesystems.filesystem(path)
     with contextlib.suppress(FileNotFoundError):
         fs.rm_file(inside)

@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any, Self
 
-from clipgap_ray import store
+from clipgap_ray import filesystems, store
 from clipgap_ray.errors import LeaseError, StorageError
 
 BEAT_S = 5.0
@@ -33,7 +33,7 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        if store.is_local(self.uri):
+        if filesystems.is_local(self.uri):
             self._lock()
         else:
             self._take_over()
@@ -51,7 +51,7 @@ class Lease:
     def _lock(self) -> None:
         import fcntl  # absent on Windows; only the local lease needs it
 
-        path = Path(store.filesystem(self.uri)[1])
+        path = Path(filesystems.filesystem(self.uri)[1])
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115  held until __exit__
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from clipgap_ray import store
+from clipgap_ray import filesystems
 from clipgap_ray.errors import StorageError
 
 METADATA_WAIT_S = 1.0  # a laptop has no metadata service: nobody answers at its address
@@ -18,11 +18,11 @@ def of_bucket(uri: str) -> str:
 
     The server's header `x-amz-bucket-region` says it (HeadBucket, which needs s3:ListBucket).
     """
-    if not uri.startswith(("s3://", "s3a://")) or store.options().endpoint_url:
+    if not uri.startswith(("s3://", "s3a://")) or filesystems.options().endpoint_url:
         return ""
-    fs, path = store.filesystem(uri)
+    fs, path = filesystems.filesystem(uri)
     try:
-        answer = store.patiently(uri, lambda: fs.call_s3("head_bucket", Bucket=path.split("/", 1)[0]))
+        answer = filesystems.patiently(uri, lambda: fs.call_s3("head_bucket", Bucket=path.split("/", 1)[0]))
     except (FileNotFoundError, StorageError):
         return ""
     return str(answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region", ""))

@@ -27,7 +27,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipgap_ray import schema, store
+from clipgap_ray import filesystems, schema, store
 from clipgap_ray.errors import DataError, StorageError
 from clipgap_ray.sources import IMAGE_SUFFIXES, Shard, list_shards, suffix_of
 from clipgap_ray.tars import Member, Members, Skip, index_tar
@@ -129,9 +129,9 @@ def read_shard(shard: Shard, *, images: bool = True) -> Iterator[Sample | Skip]:
 @contextlib.contextmanager
 def _local_file(uri: str) -> Iterator[IO[bytes]]:
     """Open a shard as a local seekable file; a remote one is copied first, resuming where a connection broke."""
-    if store.is_local(uri):
+    if filesystems.is_local(uri):
         try:
-            with open(store.filesystem(uri)[1], "rb") as file:
+            with open(filesystems.filesystem(uri)[1], "rb") as file:
                 yield file
         except FileNotFoundError:
             raise DataError(f"shard {uri} does not exist") from None
@@ -281,7 +281,7 @@ def estimate_rows(shard: Shard) -> int:
         return sum(suffix_of(name) in IMAGE_SUFFIXES for name in store.list_names(shard.uri))
     if shard.kind in ("parquet", "manifest"):
         return store.num_table_rows(shard.uri)
-    if store.is_local(shard.uri):
+    if filesystems.is_local(shard.uri):
         with _local_file(shard.uri) as file:
             return sum(one.image() is not None for one in index_tar(file)[0])
     size = store.size(shard.uri)

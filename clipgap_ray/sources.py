@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
-from clipgap_ray import store
+from clipgap_ray import filesystems, store
 from clipgap_ray.errors import ConfigError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -77,15 +77,15 @@ def _list_one(item: str) -> Iterator[Shard]:
         for uri in expand_braces(item):
             yield _file_shard(uri)
         return
-    fs, path = store.filesystem(item)
+    fs, path = filesystems.filesystem(item)
     prefix = item.split("://")[0] + "://" if "://" in item else ""
     if any(mark in path for mark in "*?["):
-        found = sorted(str(p) for p in store.patiently(item, lambda: fs.glob(path)))
+        found = sorted(str(p) for p in filesystems.patiently(item, lambda: fs.glob(path)))
         for name in found:
             yield _file_shard(prefix + name)
         return
     try:
-        kind = store.patiently(item, lambda: fs.info(path))["type"]
+        kind = filesystems.patiently(item, lambda: fs.info(path))["type"]
     except FileNotFoundError:
         hint = "check the path; remote paths look like s3://bucket/prefix"
         raise ConfigError(f"{item} does not exist", hint=hint) from None
@@ -97,9 +97,9 @@ def _list_one(item: str) -> Iterator[Shard]:
 
 def _list_directory(uri: str) -> Iterator[Shard]:
     """Tars first, else parquet, else every folder with images: a directory holds one kind."""
-    fs, path = store.filesystem(uri)
+    fs, path = filesystems.filesystem(uri)
     prefix = uri.split("://")[0] + "://" if "://" in uri else ""
-    files = sorted(str(name) for name in store.patiently(uri, lambda: fs.find(path)))
+    files = sorted(str(name) for name in filesystems.patiently(uri, lambda: fs.find(path)))
     base = str(path).rstrip("/")
     source = base.rsplit("/", 1)[-1]
 

@@ -3,16 +3,10 @@
 Locally a write is a temporary file, fsync and rename; object stores make a PUT visible at once, so there it is
 one PUT. Nothing here knows stages: see `rundir` for commits, leases and manifests.
 
-How an S3 store is reached is one value, `StorageOptions`: the driver configures it, work carries it, a worker
-configures it before its first read. What is not set is what s3fs and botocore read for themselves: AWS_ENDPOINT_URL,
-AWS_PROFILE, FSSPEC_S3_ANON, the credentials of the machine. Credentials never travel. Rejected: environment variables
-through Ray's runtime_env (a cluster that runs already ignores them, and a job that sets one itself is refused).
-
 Every read, listing and write of a remote file is tried several times here, whatever the file system below does for
 itself: s3fs repeats a request that failed, but gives up on some errors of HTTP servers that pass by.
 
-Credentials that know their end (instance profiles, service accounts, `credential_process`) are renewed by botocore
-ahead of it. Those of a file are read once; when a store refuses them they are read again: after another login.
+How the place of a URI is reached, with which options and credentials: `filesystems`.
 """
 
 from __future__ import annotations
@@ -25,144 +19,19 @@ import json
 import os
 import re
 import tempfile
-import time
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipgap_ray import filesystems
 from clipgap_ray.errors import DataError, StorageError
 
-T = TypeVar("T")
-
-ATTEMPTS = 6
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # the name that atomic_file gives
-FIRST_PAUSE_S = 0.2  # doubled after every attempt: six attempts bridge about six seconds
-
-
-@dataclass(frozen=True)
-class StorageOptions:
-    """How S3 stores are reached; empty fields leave it to s3fs and botocore.
-
-    Attributes:
-        endpoint_url: Address of an S3 server other than AWS.
-        anonymous: Do not sign requests: public buckets without an account.
-        profile: A profile of the machine's AWS configuration.
-    """
-
-    endpoint_url: str = ""
-    anonymous: bool = False
-    profile: str = ""
-
-    def for_s3fs(self) -> dict[str, Any]:
-        """Return s3fs's keyword arguments."""
-        words: dict[str, Any] = {}
-        if self.endpoint_url:
-            words["endpoint_url"] = self.endpoint_url
-        if self.anonymous:
-            words["anon"] = True
-        if self.profile:
-            words["profile"] = self.profile
-        # Other drivers and workers write too: a cached listing would be a lie. botocore's own retries are off, since
-        # three layers of them multiply: an address where nobody listens took minutes to be an error.
-        return {**words, "use_listings_cache": False, "config_kwargs": {"retries": {"total_max_attempts": 1}}}
-
-
-_options = StorageOptions()
-
-
-def configure(options: StorageOptions) -> None:
-    """Set how this process reaches S3 stores from now on; workers are given the driver's options with their work."""
-    global _options
-    _options = options
-
-
-def options() -> StorageOptions:
-    """Return how this process reaches S3 stores."""
-    return _options
-
-
-def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return the file system of a URI and the path inside it; a plain path is local."""
-    words = _options.for_s3fs() if uri.startswith(("s3://", "s3a://")) else {}
-    fs, path = fsspec.core.url_to_fs(uri, **words)
-    return fs, path
-
-
-def patiently(uri: str, call: Callable[[], T]) -> T:
-    """Call something that talks to the store of a URI, again when the network or the server fails.
-
-    Args:
-        uri: What it is about; calls on local files are made once.
-        call: Must be safe to repeat.
-
-    Raises:
-        FileNotFoundError: As it comes: that is an answer.
-        StorageError: If access is refused, also with credentials read anew, or the last of `ATTEMPTS` attempts failed.
-    """
-    if is_local(uri):
-        return call()
-    renewed = False
-    for attempt in range(ATTEMPTS):
-        try:
-            return call()
-        except FileNotFoundError:
-            raise
-        except PermissionError as error:
-            if not renewed and attempt < ATTEMPTS - 1:
-                _renew_session(uri)
-                renewed = True
-                continue
-            hint = "check (or renew) the credentials of this machine, --profile, or --anonymous for a public bucket"
-            raise StorageError(f"{uri}: access refused: {error}", hint) from None
-        except _passing_errors() as error:
-            refused = getattr(error, "errno", None) == errno.EINVAL  # 400: of an expired token HEAD says no more
-            if refused:
-                _renew_session(uri)
-            if attempt == ATTEMPTS - 1:
-                suspect = "whether the credentials have expired" if refused else "the address and --endpoint-url"
-                raise StorageError(
-                    f"{uri}: {type(error).__name__} after {ATTEMPTS} attempts: {error}",
-                    hint=f"check {suspect}; running the same command again continues",
-                ) from error
-            time.sleep(FIRST_PAUSE_S * 2**attempt)
-        except _account_errors() as error:
-            hint = "configure credentials, name a --profile, or use --anonymous for a public bucket"
-            raise StorageError(f"{uri}: {error}", hint) from None
-    raise AssertionError("unreachable")
-
-
-def _renew_session(uri: str) -> None:
-    """Have the file system of a URI read its credentials anew; one without sessions (HTTP) stays as it is."""
-    connect = getattr(filesystem(uri)[0], "connect", None)
-    if connect is not None:
-        with contextlib.suppress(*_account_errors()):  # the next call says it
-            connect(refresh=True)
-
-
-def _passing_errors() -> tuple[type[Exception], ...]:
-    """Errors of a network or a busy server. Imported when something failed: local runs never load botocore."""
-    import aiohttp
-    import botocore.exceptions as boto
-
-    return OSError, aiohttp.ClientError, boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError
-
-
-def _account_errors() -> tuple[type[Exception], ...]:
-    import botocore.exceptions as boto
-
-    return boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound
-
-
-def is_local(uri: str) -> bool:
-    """Tell whether a URI is on this machine's file system."""
-    return "://" not in uri or uri.startswith(("file://", "local://"))
 
 
 def absolute(uri: str) -> str:
@@ -177,11 +46,13 @@ def join(uri: str, *names: str) -> str:
 
 def exists(uri: str) -> bool:
     """Tell whether a file or folder exists."""
-    fs, path = filesystem(uri)
-    if is_local(uri):
+    fs, path = filesystems.filesystem(uri)
+    if filesystems.is_local(uri):
         return bool(fs.exists(path))
     try:
-        patiently(uri, lambda: fs.info(path))  # `exists` of s3fs takes a server's failure for an absent file
+        filesystems.patiently(
+            uri, lambda: fs.info(path)
+        )  # `exists` of s3fs takes a server's failure for an absent file
     except FileNotFoundError:
         return False
     return True
@@ -193,25 +64,25 @@ def size(uri: str) -> int:
     Raises:
         DataError: If the file is missing.
     """
-    fs, path = filesystem(uri)
+    fs, path = filesystems.filesystem(uri)
     try:
-        return int(patiently(uri, lambda: fs.size(path)))
+        return int(filesystems.patiently(uri, lambda: fs.size(path)))
     except FileNotFoundError:
         raise DataError(f"{uri} does not exist") from None
 
 
 def remove(uri: str) -> None:
     """Remove a file; one that is gone already is no error."""
-    fs, path = filesystem(uri)
+    fs, path = filesystems.filesystem(uri)
     with contextlib.suppress(FileNotFoundError):
-        patiently(uri, lambda: fs.rm_file(path))
+        filesystems.patiently(uri, lambda: fs.rm_file(path))
 
 
 def list_names(uri: str) -> list[str]:
     """Return the sorted base names in a folder; empty when the folder is missing."""
-    fs, path = filesystem(uri)
+    fs, path = filesystems.filesystem(uri)
     try:
-        entries = patiently(uri, lambda: fs.ls(path, detail=False))
+        entries = filesystems.patiently(uri, lambda: fs.ls(path, detail=False))
     except FileNotFoundError:
         return []
     return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
@@ -223,7 +94,7 @@ def read_bytes(uri: str, offset: int = 0, size: int | None = None) -> bytes:
     Raises:
         DataError: If the file is missing.
     """
-    fs, path = filesystem(uri)
+    fs, path = filesystems.filesystem(uri)
     start, end = (offset or None, None) if size is None else (offset, offset + size)
 
     def read() -> bytes:
@@ -233,7 +104,7 @@ def read_bytes(uri: str, offset: int = 0, size: int | None = None) -> bytes:
         return data
 
     try:
-        return patiently(uri, read)
+        return filesystems.patiently(uri, read)
     except FileNotFoundError:
         raise DataError(f"{uri} does not exist") from None
 
@@ -245,10 +116,10 @@ def fetch(uri: str, path: str) -> None:
         DataError: If the file is missing.
         StorageError: If the store does not answer, or the disk is full.
     """
-    fs, inside = filesystem(uri)
+    fs, inside = filesystems.filesystem(uri)
     with room(path):
         try:
-            patiently(uri, lambda: fs.get_file(inside, path))
+            filesystems.patiently(uri, lambda: fs.get_file(inside, path))
         except FileNotFoundError:
             raise DataError(f"{uri} does not exist") from None
 
@@ -264,9 +135,9 @@ def file_sha256(path: str) -> str:
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file so that it is whole or absent: temporary + rename locally, one PUT on object stores."""
-    fs, path = filesystem(uri)
-    if not is_local(uri):
-        patiently(uri, lambda: fs.pipe_file(path, data))
+    fs, path = filesystems.filesystem(uri)
+    if not filesystems.is_local(uri):
+        filesystems.patiently(uri, lambda: fs.pipe_file(path, data))
         return
     with atomic_file(uri) as file:
         file.write(data)
@@ -282,15 +153,15 @@ def atomic_file(uri: str) -> Iterator[IO[bytes]]:
     Raises:
         StorageError: If the disk is full; nothing of the file remains.
     """
-    fs, path = filesystem(uri)
-    if not is_local(uri):
+    fs, path = filesystems.filesystem(uri)
+    if not filesystems.is_local(uri):
         with (
             room(f"{tempfile.gettempdir()} (for {uri})"),
             tempfile.NamedTemporaryFile(prefix="clipgap-upload-") as spool,
         ):
             yield spool
             spool.flush()
-            patiently(uri, lambda: fs.put_file(spool.name, path))
+            filesystems.patiently(uri, lambda: fs.put_file(spool.name, path))
         return
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -311,9 +182,9 @@ def remove_leftovers(uri: str) -> None:
 
     Only for whoever alone writes there. An orphan that still writes loses its file, not its neighbours'.
     """
-    if not is_local(uri):
+    if not filesystems.is_local(uri):
         return
-    folder = Path(filesystem(uri)[1])
+    folder = Path(filesystems.filesystem(uri)[1])
     for pattern in (".*.tmp", "*/.*.tmp"):
         for path in folder.glob(pattern):
             if _LEFTOVER.fullmatch(path.name):
@@ -356,9 +227,9 @@ def link(source: str, target: str, content: str) -> bool:
     Returns:
         False where that cannot be: another content, another disk, an object store.
     """
-    if not (is_local(source) and is_local(target)):
+    if not (filesystems.is_local(source) and filesystems.is_local(target)):
         return False
-    path, other = Path(filesystem(source)[1]), Path(filesystem(target)[1])
+    path, other = Path(filesystems.filesystem(source)[1]), Path(filesystems.filesystem(target)[1])
     with open(path, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != content:
             return False
@@ -387,8 +258,8 @@ def array_bytes(array: np.ndarray) -> bytes:
 
 def read_array(uri: str) -> np.ndarray:
     """Read an .npy file without pickles; local files are memory-mapped read-only."""
-    if is_local(uri):
-        path = filesystem(uri)[1]
+    if filesystems.is_local(uri):
+        path = filesystems.filesystem(uri)[1]
         if not os.path.exists(path):
             raise DataError(f"{uri} does not exist")
         return np.load(path, mmap_mode="r", allow_pickle=False)
@@ -409,14 +280,14 @@ def write_table(uri: str, table: pa.Table) -> None:
 
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
     """Read a parquet file, or some of its columns."""
-    fs, path = filesystem(uri)
+    fs, path = filesystems.filesystem(uri)
 
     def read() -> pa.Table:
         with fs.open(path, "rb") as file:
             return pq.read_table(file, columns=columns)
 
     try:
-        return patiently(uri, read)
+        return filesystems.patiently(uri, read)
     except FileNotFoundError:
         raise DataError(f"{uri} does not exist") from None
     except pa.ArrowInvalid as error:
@@ -429,14 +300,14 @@ def num_table_rows(uri: str) -> int:
     Raises:
         DataError: If the file is missing.
     """
-    fs, path = filesystem(uri)
+    fs, path = filesystems.filesystem(uri)
 
     def read() -> int:
         with fs.open(path, "rb") as file:
             return int(pq.read_metadata(file).num_rows)
 
     try:
-        return patiently(uri, read)
+        return filesystems.patiently(uri, read)
     except FileNotFoundError:
         raise DataError(f"{uri} does not exist") from None
     except pa.ArrowInvalid:

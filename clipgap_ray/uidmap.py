@@ -23,7 +23,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from clipgap_ray import schema, store
+from clipgap_ray import filesystems, schema, store
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import DataError
 from clipgap_ray.kernels import subsets
@@ -140,10 +140,10 @@ class UidMap:
 
     def _open(self, number: int) -> np.ndarray:
         path = store.join(self.uri, f"{number:05d}.npy")
-        if store.is_local(path):
+        if filesystems.is_local(path):
             with self._lock:
                 if number not in self._checked:
-                    self._check(number, path, store.file_sha256(store.filesystem(path)[1]))
+                    self._check(number, path, store.file_sha256(filesystems.filesystem(path)[1]))
                     self._checked.add(number)
             return store.read_array(path)  # mapped anew for every look-up: nothing stays in memory
         with self._lock:

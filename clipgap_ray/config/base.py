@@ -15,7 +15,7 @@ import pydantic
 import tyro
 import yaml
 
-from clipgap_ray import store
+from clipgap_ray import filesystems, store
 from clipgap_ray.errors import ConfigError
 from clipgap_ray.redaction import addresses_with_secrets
 
@@ -84,9 +84,9 @@ class StorageSettings(Settings):
     profile: str = ""
     """Profile of the AWS configuration; every node needs it."""
 
-    def options(self) -> store.StorageOptions:
+    def options(self) -> filesystems.StorageOptions:
         """Return the same as `store` wants it."""
-        return store.StorageOptions(self.endpoint_url, self.anonymous, self.profile)
+        return filesystems.StorageOptions(self.endpoint_url, self.anonymous, self.profile)
 
 
 # Flags without a prefix (`--endpoint-url`), in a group of their own at the end of `--help`.

@@ -24,7 +24,7 @@ from typing import Any
 
 import ray
 
-from clipgap_ray import blocklist, embeddings, rundir, store, testsets
+from clipgap_ray import blocklist, embeddings, filesystems, rundir, store, testsets
 from clipgap_ray.config.embed import EmbedSettings
 from clipgap_ray.errors import ClipgapError, ConfigError
 from clipgap_ray.shards import estimate_rows
@@ -53,7 +53,7 @@ def run(settings: EmbedSettings) -> rundir.Summary:
         BudgetError: If it would run on CPUs for more than two hours and `yes` is not set.
         StaleOutputError: If a folder was written with other settings.
     """
-    store.configure(settings.storage.options())
+    filesystems.configure(settings.storage.options())
     test_set, shards = selected_shards(settings)
     blocked = blocklist.read(settings.blocklist) if settings.blocklist else None
     outputs = embed_outputs.named(settings)
@@ -78,7 +78,7 @@ def run(settings: EmbedSettings) -> rundir.Summary:
             settings.sample,
             test_set,
             ray.put(blocked) if blocked is not None else None,
-            store.options(),
+            filesystems.options(),
         )
         measured = _embed(directories, outputs, todo, plan, settings, len(shards))
         summaries = [

@@ -18,7 +18,7 @@ import ray
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from clipgap_ray import schema, store, testsets
+from clipgap_ray import filesystems, schema, testsets
 from clipgap_ray.blocklist import Blocklist
 from clipgap_ray.kernels.phash import perceptual_hashes
 from clipgap_ray.pixels import ImageError, Preprocess, grey_thumbnail, open_picture
@@ -48,7 +48,7 @@ class ReadPlan:
     sample: float
     test_set: testsets.TestSet | None
     blocklist: Blocklist | ray.ObjectRef | None = None
-    storage: store.StorageOptions = field(default_factory=store.StorageOptions)
+    storage: filesystems.StorageOptions = field(default_factory=filesystems.StorageOptions)
 
 
 class ShardDatasource(Datasource):
@@ -172,7 +172,7 @@ def _one_value(pixels: np.ndarray | None, rows: int) -> pa.Array:
 
 def read_chunks(work: Work, plan: ReadPlan) -> Iterator[pa.Table]:
     """Read and decode one shard into rows of `CHUNK` and pixels; the last chunk is marked and may be empty."""
-    store.configure(plan.storage)
+    filesystems.configure(plan.storage)
     blocked = ray.get(plan.blocklist) if isinstance(plan.blocklist, ray.ObjectRef) else plan.blocklist
     node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
     makers = distinct_pixels(plan.preprocess)

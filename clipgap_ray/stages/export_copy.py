@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import pyarrow.compute as pc
 
-from clipgap_ray import store
+from clipgap_ray import filesystems, store
 from clipgap_ray.errors import DataError
 from clipgap_ray.stages.export_index import Slice, samples_file
 
@@ -67,15 +67,15 @@ def _samples(
     table = store.read_table(store.join(uri, "index", samples_file(piece.part)))
     exported = table.filter(pc.equal(table.column("reason"), ""))
     rows = exported.slice(piece.start, piece.stop - piece.start).to_pylist()
-    fs, path = store.filesystem(piece.uri)
+    fs, path = filesystems.filesystem(piece.uri)
     if (size := store.size(piece.uri)) != piece.num_bytes:
         raise DataError(
             f"{piece.uri} has {size} bytes, but had {piece.num_bytes} when it was indexed",
             hint="the source changed meanwhile: export into another --out",
         )
-    with store.patiently(piece.uri, lambda: fs.open(path, "rb")) as file:
+    with filesystems.patiently(piece.uri, lambda: fs.open(path, "rb")) as file:
         for number, row in enumerate(rows, piece.start):
-            data = store.patiently(piece.uri, partial(_read, file, row, piece.uri))
+            data = filesystems.patiently(piece.uri, partial(_read, file, row, piece.uri))
             members = list(zip(row["suffixes"], data, strict=True))
             if write_uid and not row["has_uid"]:
                 members = _with_uid(members, row["uid"], notes)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from clipgap_ray import embeddings, rundir, schema, store
+from clipgap_ray import embeddings, filesystems, rundir, schema, store
 from clipgap_ray.config.embed import ImportSettings
 from clipgap_ray.encoder_names import resolve_names
 from clipgap_ray.errors import ConfigError, DataError
@@ -48,7 +48,7 @@ def run(settings: ImportSettings) -> rundir.Summary:
         ConfigError: If the folder has none of the layouts.
         DataError: If rows and metadata of a file do not align, or dims differ between files.
     """
-    store.configure(settings.storage.options())
+    filesystems.configure(settings.storage.options())
     files = list(_files(settings.folder, settings.embedding_column))
     if not files:
         raise ConfigError(
@@ -122,7 +122,7 @@ def _files(folder: str, column: str) -> Iterator[_File]:
 def _columns(uri: str) -> list[str]:
     import pyarrow.parquet as pq
 
-    fs, path = store.filesystem(uri)
+    fs, path = filesystems.filesystem(uri)
     with fs.open(path, "rb") as file:
         return list(pq.read_schema(file).names)
 

@@ -26,7 +26,7 @@ import numpy as np
 import ray
 import threadpoolctl
 
-from clipgap_ray import schema, store
+from clipgap_ray import filesystems, schema, store
 from clipgap_ray.embeddings import EmbeddingSet, Part
 from clipgap_ray.kernels import clustering, duplicates
 from clipgap_ray.stages.edges import Edges, RowMask, group_name, read_edges, run_units, sample_rows, write_edges
@@ -156,7 +156,7 @@ def _assigned_path(uri: str, name: str) -> str:
 def remove_rows(uri: str) -> None:
     """Remove the regrouped rows of a complete directory; they are as large as the pool times the probes."""
     folder = store.join(uri, "partitions")
-    fs, path = store.filesystem(folder)
+    fs, path = filesystems.filesystem(folder)
     for name in store.list_names(folder):
         if name.startswith("rows-"):
             fs.rm_file(store.join(path, name))

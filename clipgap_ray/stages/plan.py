@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from clipgap_ray import blocklist, schema, store
+from clipgap_ray import blocklist, filesystems, schema, store
 from clipgap_ray.config.base import read_yaml
 from clipgap_ray.config.embed import PlanSettings
 from clipgap_ray.config.limits import PricesFile
@@ -42,13 +42,18 @@ def run(settings: PlanSettings) -> dict[str, Any]:
         ConfigError: On whatever `embed` would refuse.
         DataError: If none of the first samples is readable.
     """
-    store.configure(settings.storage.options())
+    filesystems.configure(settings.storage.options())
     test_set, shards = embed.selected_shards(settings)
     outputs = embed_outputs.named(settings)
     device, devices = _here(settings)
     blocked = blocklist.read(settings.blocklist) if settings.blocklist else None
     plan = ReadPlan(
-        tuple(output.preprocess for output in outputs), CHUNK_ROWS, settings.sample, test_set, blocked, store.options()
+        tuple(output.preprocess for output in outputs),
+        CHUNK_ROWS,
+        settings.sample,
+        test_set,
+        blocked,
+        filesystems.options(),
     )
     counted = spread(shards)
     rows = round(statistics.mean(estimate_rows(shard) for shard in counted) * len(shards) * min(settings.sample, 1.0))

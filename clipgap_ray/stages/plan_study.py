@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from clipgap_ray import store
+from clipgap_ray import filesystems, store
 from clipgap_ray.config.base import read_yaml
 from clipgap_ray.config.dedup import DedupSettings
 from clipgap_ray.config.limits import PricesFile
@@ -62,7 +62,7 @@ def run(settings: StudyPlanSettings) -> dict[str, Any]:
         ConfigError: On a study that `run` would refuse, rows that are neither given nor to be seen, or GPUs of unknown
             speed.
     """
-    store.configure(settings.storage.options())
+    filesystems.configure(settings.storage.options())
     file = StudyFile.load(read_yaml(settings.study), settings.study)
     data = locate(file, settings.out or f"out/{file.name}")
     rows = _rows(settings, data)
@@ -123,7 +123,7 @@ def _reading(settings: StudyPlanSettings, data: Data, preprocess: Preprocess) ->
     """Bytes of an image, and seconds of a core to read and decode it: from the pool, if it can be looked at."""
     try:
         shards = list_shards(data.pool)
-        chosen = ReadPlan((preprocess,), plan.CHUNK_ROWS, 1.0, None, None, store.options())
+        chosen = ReadPlan((preprocess,), plan.CHUNK_ROWS, 1.0, None, None, filesystems.options())
         seen = plan.probe_reading(chosen, shards, PROBE_ROWS)
     except (ClipgapError, OSError):
         logger.warning("plan: the pool cannot be looked at; assumed are %g KB and %g ms per image (--image-kb, "

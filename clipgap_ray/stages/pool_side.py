@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from clipgap_ray import store
+from clipgap_ray import filesystems, store
 from clipgap_ray.errors import DataError
 from clipgap_ray.reporting import pool_side
 from clipgap_ray.reporting.pool_side import PoolSide
@@ -40,8 +40,8 @@ def count(folder: str, slack: float) -> PoolSide:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    filesystem, _ = store.filesystem(paths[0])
-    places = [store.filesystem(path)[1] for path in paths]
+    filesystem, _ = filesystems.filesystem(paths[0])
+    places = [filesystems.filesystem(path)[1] for path in paths]
     dataset = ray.data.read_parquet(places, filesystem=filesystem, columns=list(pool_side.COLUMNS), num_cpus=CPUS)
     folded = dataset.map_batches(
         functools.partial(_fold, slack=slack), batch_format="pyarrow", batch_size=BATCH_ROWS, num_cpus=CPUS

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import ray
 
-from clipgap_ray import store
+from clipgap_ray import filesystems
 from clipgap_ray.config.train import TrainSettings
 from clipgap_ray.errors import ClipgapError
 from clipgap_ray.stages import train, train_plan
@@ -80,7 +80,7 @@ def _side_by_side(todo: list[TrainSettings], places: int) -> None:
         while running or (waiting and not failed):
             while waiting and len(running) < places and not failed:
                 settings = waiting.pop(0)
-                running[driver.remote(settings, store.options(), os.getcwd())] = settings.out
+                running[driver.remote(settings, filesystems.options(), os.getcwd())] = settings.out
             progress.note = f"{len(running)} at work"
             done, _ = ray.wait(list(running), timeout=LOOK_S)
             for reference in done:
@@ -104,9 +104,9 @@ def _side_by_side(todo: list[TrainSettings], places: int) -> None:
         raise failed[0]
 
 
-def _drive(settings: TrainSettings, options: store.StorageOptions, folder: str) -> None:
+def _drive(settings: TrainSettings, options: filesystems.StorageOptions, folder: str) -> None:
     """Train in a worker; `folder` is what relative paths of the settings are relative to, on this machine."""
-    store.configure(options)
+    filesystems.configure(options)
     with contextlib.chdir(folder) if os.path.isdir(folder) else contextlib.nullcontext():
         train.run(settings)
 

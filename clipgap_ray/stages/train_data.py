@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from clipgap_ray import store
-from clipgap_ray.errors import ClipgapError
+from clipgap_ray import filesystems, store
+from clipgap_ray.errors import ClipgapError, DataError
 
 PREFETCH_BATCHES = 4
 DECODER_CPUS = 0.5
@@ -112,13 +112,25 @@ class Tables:
 
 
 def read_image(row: dict[str, Any]) -> bytes:
-    """Read the encoded bytes of a row of `samples.SAMPLES`."""
+    """Read the encoded bytes of a row of `samples.SAMPLES`.
+
+    Raises:
+        DataError: If its shard has become shorter since its samples were listed.
+    """
     if row["offset"] < 0:
         return store.read_bytes(row["uri"])
-    if store.is_local(row["uri"]):
+    if filesystems.is_local(row["uri"]):
         with open(row["uri"].removeprefix("file://"), "rb") as file:
-            return os.pread(file.fileno(), row["num_bytes"], row["offset"])
-    return store.read_bytes(row["uri"], row["offset"], row["num_bytes"])
+            data = os.pread(file.fileno(), row["num_bytes"], row["offset"])
+    else:
+        data = store.read_bytes(row["uri"], row["offset"], row["num_bytes"])
+    if len(data) != row["num_bytes"]:
+        raise DataError(
+            f"{row['uri']} ends at byte {row['offset'] + len(data)}, inside a sample that was {row['num_bytes']} bytes "
+            f"from {row['offset']} when the samples were listed",
+            hint="put the shard back as it was, or remove the folder of --samples and train anew in another --out",
+        )
+    return data
 
 
 def augment(image: bytes, size: int, scale: tuple[float, float], key: tuple[int, ...]) -> np.ndarray:

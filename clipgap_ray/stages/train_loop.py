@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clipgap_ray import store
+from clipgap_ray import filesystems
 from clipgap_ray.errors import DataError
 from clipgap_ray.stages.train_data import Batch, Plan, batches, batches_from_ray_data, prefetched
 from clipgap_ray.stages.train_model import (
@@ -86,12 +86,12 @@ def opened(checkpoint: Any, uri: str) -> Iterator[str]:
         checkpoint: Ray Train's.
         uri: The run directory that holds it.
     """
-    if store.is_local(uri):
+    if filesystems.is_local(uri):
         with checkpoint.as_directory() as folder:
             yield folder
         return
     with tempfile.TemporaryDirectory(prefix="clipgap-checkpoint-") as folder:
-        store.patiently(uri, lambda: checkpoint.to_directory(folder))
+        filesystems.patiently(uri, lambda: checkpoint.to_directory(folder))
         yield folder
 
 

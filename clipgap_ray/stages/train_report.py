@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from clipgap_ray import store
+from clipgap_ray import filesystems, store
 from clipgap_ray.errors import ConfigError
 
 POSITIONS = ("step", "samples")  # the axis, not values on it
@@ -70,9 +70,9 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         self._target = store.join(out, "tensorboard")
-        local = store.is_local(out)
+        local = filesystems.is_local(out)
         self._folder = None if local else tempfile.TemporaryDirectory(prefix="clipgap-tensorboard-")
-        self._place = store.filesystem(self._target)[1] if local else str(self._folder.name)  # type: ignore[union-attr]
+        self._place = filesystems.filesystem(self._target)[1] if local else str(self._folder.name)  # type: ignore[union-attr]
         self._writer = SummaryWriter(self._place)
 
     def add(self, rows: list[dict[str, Any]]) -> None:

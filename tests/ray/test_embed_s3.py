@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from clipgap_ray import lease, rundir, store
+from clipgap_ray import filesystems, lease, rundir
 from clipgap_ray.config.base import StorageSettings
 from clipgap_ray.config.embed import EmbedSettings
 from clipgap_ray.embeddings import EmbeddingSet
@@ -24,12 +24,12 @@ KINDS = ("img_emb", "text_emb", "metadata", "ledger")
 @pytest.fixture
 def s3(tiny_world: made.World) -> Iterator[s3_server.S3Server]:
     """The world's pool on a server. Neither driver nor workers have credentials: only --anonymous gets through."""
-    before = store.options()
+    before = filesystems.options()
     with s3_server.running() as server:
         for path in sorted(Path(tiny_world.path("pool")).glob("*.tar")):
             server.put("bucket", f"pool/{path.name}", path.read_bytes())
         yield server
-    store.configure(before)
+    filesystems.configure(before)
 
 
 def settings(s3: s3_server.S3Server, **more: Any) -> EmbedSettings:

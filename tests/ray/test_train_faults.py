@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -11,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from clipgap_ray.config.train import TrainSettings
+from clipgap_ray.errors import DataError
 from clipgap_ray.stages import train
+from clipgap_ray.stages.train_data import batches, batches_from_ray_data
+from clipgap_ray.stages.train_plan import make_plan
 from tests import made
 from tests.conftest import RESUME_LOSS_TOLERANCE
 
@@ -92,3 +98,20 @@ def test_a_killed_worker_is_replaced_and_the_curve_goes_on(
 
 def test_ray_data_makes_the_same_batches(words: dict[str, Any], whole: list[dict[str, Any]], tmp_path: Path) -> None:
     assert same(whole, history(TrainSettings(**words, out=str(tmp_path / "data"), decoders=1)))
+
+
+@pytest.mark.parametrize("decoders", [0, 1])
+def test_a_shard_cut_after_its_samples_were_listed_is_named(
+    words: dict[str, Any], tmp_path: Path, decoders: int
+) -> None:
+    """Not trained on as grey images, and as the same error from Ray Data's processes."""
+    pool = tmp_path / "pool"
+    shutil.copytree(words["source"], pool)
+    settings = TrainSettings(**{**words, "source": str(pool), "samples": "", "workers": 1}, out=str(tmp_path / "run"))
+    plan, _ = make_plan(settings, settings.out, 64)
+    for shard in pool.glob("*.tar"):
+        os.truncate(shard, 2000)
+    plan = dataclasses.replace(plan, settings={**plan.settings, "decoders": decoders})
+    first = batches_from_ray_data(ray.put(plan), plan, 0, 1, 0) if decoders else batches(plan, 0, 1, 0)
+    with pytest.raises(DataError, match="ends at byte 2000, inside a sample"):
+        next(first)

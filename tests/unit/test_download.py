@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipgap_ray import download, store
+from clipgap_ray import download, filesystems, store
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.index import IndexShard
 from clipgap_ray.kernels import faiss_index
@@ -34,16 +34,16 @@ def s3(server: s3_server.S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("CLIPGAP_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("CLIPGAP_CACHE_GB", raising=False)
-    monkeypatch.setattr(store, "FIRST_PAUSE_S", 0.01)
-    before = store.options()
-    store.configure(store.StorageOptions(server.url))
+    monkeypatch.setattr(filesystems, "FIRST_PAUSE_S", 0.01)
+    before = filesystems.options()
+    filesystems.configure(filesystems.StorageOptions(server.url))
     server.put("pool", "empty", b"")
     shard = IndexShard(faiss_index.train_empty("Flat", DIM, np.zeros((0, DIM)), seed=0))
     shard.add(ROWS, np.arange(50), 0)
     shard.save(URI)
     yield server
     server.fail_every = {}
-    store.configure(before)
+    filesystems.configure(before)
 
 
 def files(folder: Path) -> list[Path]:

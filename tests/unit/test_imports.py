@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clipgap_ray import store
+from clipgap_ray import filesystems, store
 from clipgap_ray.config.embed import ImportSettings
 from clipgap_ray.embeddings import EmbeddingSet, check_same_encoder, part_file
 from clipgap_ray.errors import ConfigError, DataError, IndexMismatchError
@@ -181,13 +181,13 @@ def test_a_folder_on_an_s3_server_is_imported_to_it(tmp_path, monkeypatch):
     for name, value in s3_server.CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     _clip_retrieval(tmp_path / "laion", [_rows(5), _rows(4, seed=1)], 4)
-    before = store.options()
+    before = filesystems.options()
     with s3_server.running() as server:
         for file in (tmp_path / "laion").rglob("*.*"):
             server.put("pool", str(file.relative_to(tmp_path)), file.read_bytes())
         storage = {"endpoint_url": server.url}
         summary = imports.run(ImportSettings(folder="s3://pool/laion", out="s3://pool/emb", storage=storage, **MODEL))
         found = EmbeddingSet.open("s3://pool/emb").all_images()
-    store.configure(before)
+    filesystems.configure(before)
     assert summary.kept == 9
     np.testing.assert_array_equal(found, np.concatenate([_rows(5), _rows(4, seed=1)]).astype(np.float16))

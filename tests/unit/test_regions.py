@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clipgap_ray import cli, regions, store
+from clipgap_ray import cli, filesystems, regions
 from clipgap_ray.stages import nodes
 from tests import made, s3_server
 
@@ -51,16 +51,16 @@ def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[s3_server.S3
     """A bucket in us-east-1, on a server that stands for AWS: it is not named by --endpoint-url."""
     for name, value in s3_server.CREDENTIALS.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(store, "FIRST_PAUSE_S", 0.01)
-    before = store.options()
+    monkeypatch.setattr(filesystems, "FIRST_PAUSE_S", 0.01)
+    before = filesystems.options()
     with s3_server.running() as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
         shard = made.tar_shard(tmp_path / "0.tar", [("0.jpg", made.jpeg(0)), ("0.txt", b"a thing")])
         server.put("bucket", "pool/0.tar", Path(shard.uri).read_bytes())
-        store.configure(store.StorageOptions())
-        store.filesystem("s3://bucket")[0].connect(refresh=True)
+        filesystems.configure(filesystems.StorageOptions())
+        filesystems.filesystem("s3://bucket")[0].connect(refresh=True)
         yield server
-    store.configure(before)
+    filesystems.configure(before)
 
 
 def test_the_metadata_service_names_the_region(instance: None) -> None:
@@ -81,7 +81,7 @@ def test_only_aws_is_asked_for_a_bucket_s_region(s3: s3_server.S3Server) -> None
     assert regions.of_bucket("s3://bucket/pool/0.tar") == "us-east-1"
     assert regions.of_bucket("s3://absent/pool") == ""
     assert regions.of_bucket("/data/pool") == ""
-    store.configure(store.StorageOptions(endpoint_url=s3.url))
+    filesystems.configure(filesystems.StorageOptions(endpoint_url=s3.url))
     assert regions.of_bucket("s3://bucket/pool/0.tar") == ""
 
 

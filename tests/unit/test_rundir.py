@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from clipgap_ray import lease, rundir, store
+from clipgap_ray import filesystems, lease, rundir, store
 from clipgap_ray.errors import DataError, LeaseError, StaleOutputError
 
 LAION_PARTS = 41_408  # shards of LAION-400M
@@ -78,7 +78,7 @@ def test_a_crash_while_compaction_deletes_old_segments_loses_nothing(
     # the first ten parts have two records each
     expected = write_segments(tmp_path, [record(part % 60, value=part) for part in range(70)])
     log = rundir.CommitLog(str(tmp_path))
-    fs, _ = store.filesystem(log.uri)
+    fs, _ = filesystems.filesystem(log.uri)
     left = [deleted]
     remove = fs.rm_file
 
@@ -89,7 +89,7 @@ def test_a_crash_while_compaction_deletes_old_segments_loses_nothing(
         remove(path)
 
     monkeypatch.setattr(fs, "rm_file", crash, raising=False)
-    monkeypatch.setattr(store, "filesystem", lambda uri: (fs, uri))
+    monkeypatch.setattr(filesystems, "filesystem", lambda uri: (fs, uri))
     with pytest.raises(KeyboardInterrupt):
         log.compact()
     monkeypatch.undo()

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipgap_ray import store
+from clipgap_ray import filesystems, store
 from clipgap_ray.errors import DataError
 from clipgap_ray.shards import Sample, Skip, read_shard, sample_uid, write_tar
 from clipgap_ray.sources import Shard, list_shards
@@ -78,7 +78,7 @@ def test_a_remote_tar_reads_like_a_local_one(tmp_path: Path, monkeypatch: pytest
     remote = "memory://shards-test/0.tar"
     store.write_bytes(remote, Path(local.uri).read_bytes())
     monkeypatch.setattr("clipgap_ray.shards._COPY_BLOCK_BYTES", 1_000)
-    fs, _ = store.filesystem(remote)
+    fs, _ = filesystems.filesystem(remote)
     cat, failures = fs.cat_file, [2]
 
     def flaky(path: str, **words: int) -> bytes:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from clipgap_ray import lease, rundir, store
+from clipgap_ray import filesystems, lease, rundir, store
 from clipgap_ray.errors import DataError, LeaseError, StorageError
 from clipgap_ray.shards import read_shard
 from clipgap_ray.sources import list_shards
@@ -29,13 +29,13 @@ FAILURES = {"error": 5, "cut": 4, "hang up": 7}
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[s3_server.S3Server]:
     for name, value in s3_server.CREDENTIALS.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(store, "FIRST_PAUSE_S", 0.01)
-    before = store.options()
+    monkeypatch.setattr(filesystems, "FIRST_PAUSE_S", 0.01)
+    before = filesystems.options()
     with s3_server.running() as server:
-        store.configure(store.StorageOptions(server.url))
+        filesystems.configure(filesystems.StorageOptions(server.url))
         server.put("pool", "empty", b"")
         yield server
-    store.configure(before)
+    filesystems.configure(before)
 
 
 def test_files_survive_errors_cuts_and_hang_ups(s3: s3_server.S3Server) -> None:
@@ -58,7 +58,7 @@ def test_files_survive_errors_cuts_and_hang_ups(s3: s3_server.S3Server) -> None:
 
 
 def test_a_server_that_always_fails_is_named(s3: s3_server.S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "ATTEMPTS", 2)
+    monkeypatch.setattr(filesystems, "ATTEMPTS", 2)
     s3.fail_every = {"hang up": 1}
     with pytest.raises(StorageError, match=r"s3://pool/empty: .* after 2 attempts") as error:
         store.read_bytes("s3://pool/empty")
@@ -113,7 +113,7 @@ def test_profile_and_anonymity_reach_the_server(
 ) -> None:
     store.exists("s3://pool/empty")
     assert "Credential=testing/" in s3.authorizations[-1]
-    store.configure(store.StorageOptions(s3.url, anonymous=True))
+    filesystems.configure(filesystems.StorageOptions(s3.url, anonymous=True))
     store.exists("s3://pool/empty")
     assert s3.authorizations[-1] == ""
     for name in s3_server.CREDENTIALS:
@@ -122,10 +122,10 @@ def test_profile_and_anonymity_reach_the_server(
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    store.configure(store.StorageOptions(s3.url, profile="work"))
+    filesystems.configure(filesystems.StorageOptions(s3.url, profile="work"))
     store.exists("s3://pool/empty")
     assert "Credential=OFWORK/" in s3.authorizations[-1]
-    store.configure(store.StorageOptions(s3.url, profile="absent"))
+    filesystems.configure(filesystems.StorageOptions(s3.url, profile="absent"))
     with pytest.raises(StorageError, match=r"absent") as error:
         store.exists("s3://pool/empty")
     assert "--profile" in str(error.value)
@@ -146,7 +146,7 @@ def login(s3: s3_server.S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     log_in(tmp_path, "OLD")
-    store.configure(store.StorageOptions(s3.url, profile="work"))
+    filesystems.configure(filesystems.StorageOptions(s3.url, profile="work"))
     return tmp_path
 
 
@@ -184,7 +184,7 @@ print(json.dumps(dict(Version=1, AccessKeyId=key, SecretAccessKey="x", SessionTo
 """
     (login / "hand_out.py").write_text(program)
     (login / "config").write_text(f"[profile issued]\ncredential_process = {sys.executable} {login}/hand_out.py\n")
-    store.configure(store.StorageOptions(s3.url, profile="issued"))
+    filesystems.configure(filesystems.StorageOptions(s3.url, profile="issued"))
 
     def the_last_key_is_over(_: int) -> None:
         used = [header.split("Credential=")[1].split("/")[0] for header in s3.authorizations]
@@ -199,7 +199,7 @@ print(json.dumps(dict(Version=1, AccessKeyId=key, SecretAccessKey="x", SessionTo
 def test_botocore_s_own_variables_are_honoured(s3: s3_server.S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3.url)
-    store.configure(store.StorageOptions())
+    filesystems.configure(filesystems.StorageOptions())
     assert store.list_names("s3://pool") == ["empty"]
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
@@ -207,7 +207,7 @@ def test_botocore_s_own_variables_are_honoured(s3: s3_server.S3Server, monkeypat
 VICTIM = """
 import os, signal, sys
 from clipgap_ray import rundir, store
-store.configure(store.StorageOptions(sys.argv[1]))
+filesystems.configure(filesystems.StorageOptions(sys.argv[1]))
 with rundir.RunDirectory("s3://pool/out", "embed", {"x": 1}) as directory:
     parts = rundir.assign_parts(directory.uri, ["a.tar", "b.tar"])
     directory.log.append([{"part": 0, "read": 2, "kept": 2}])
