@@ -208,8 +208,8 @@ def _chunks(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = BLOCK_BYTES
-    # A pool grows with its queue, but keeps what it has: Ray stops encoders that images do not come fast enough for, and
-    # starts them again ten seconds later, on whatever node, with all that an encoder loads.
+    # A pool grows with its queue, but keeps what it has: Ray would stop encoders that images do not come fast enough
+    # for, and start them again ten seconds later, on whatever node, with all that an encoder loads.
     context.autoscaling_config.actor_pool_util_downscaling_threshold = -1.0
     context.execution_options.actor_locality_enabled = True  # a chunk goes to an encoder of its own node if one is free
     gpus = settings.gpus_per_worker if outputs[0].encoder.device == "cuda" else 0.0

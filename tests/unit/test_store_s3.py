@@ -206,7 +206,7 @@ def test_botocore_s_own_variables_are_honoured(s3: s3_server.S3Server, monkeypat
 
 VICTIM = """
 import os, signal, sys
-from clipgap_ray import rundir, store
+from clipgap_ray import filesystems, rundir, store
 filesystems.configure(filesystems.StorageOptions(sys.argv[1]))
 with rundir.RunDirectory("s3://pool/out", "embed", {"x": 1}) as directory:
     parts = rundir.assign_parts(directory.uri, ["a.tar", "b.tar"])
