@@ -21,8 +21,8 @@ PACKAGE = ROOT / "clipgap_ray"
 TIERS = {
     "redaction": 0, "errors": 0, "schema": 0, "environment": 0,
     "kernels": 1,
-    "filesystems": 2, "store": 2, "lease": 2, "rundir": 2, "sources": 2, "tars": 2, "shards": 2, "idlists": 2, "blocklist": 2,
-    "pixels": 2, "alterations": 2,
+    "filesystems": 2, "store": 2, "lease": 2, "rundir": 2, "sources": 2, "tars": 2, "shards": 2, "idlists": 2,
+    "blocklist": 2, "pixels": 2, "alterations": 2,
     "testsets": 2, "encoder": 2, "encoder_names": 2, "encoder_projection": 2, "encoder_timm": 2, "embeddings": 2,
     "index": 2, "download": 2, "uidmap": 2, "regions": 2, "world": 2,
     "presets": 2,
