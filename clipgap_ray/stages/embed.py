@@ -26,7 +26,7 @@ import ray
 
 from clipgap_ray import blocklist, embeddings, filesystems, rundir, store, testsets
 from clipgap_ray.config.embed import EmbedSettings
-from clipgap_ray.errors import ClipgapError, ConfigError
+from clipgap_ray.errors import ConfigError
 from clipgap_ray.shards import estimate_rows
 from clipgap_ray.sources import Shard, list_shards
 from clipgap_ray.stages import budget, embed_outputs
@@ -34,7 +34,16 @@ from clipgap_ray.stages.embed_encode import Encode, write_part
 from clipgap_ray.stages.embed_metrics import Measured
 from clipgap_ray.stages.embed_outputs import Output
 from clipgap_ray.stages.embed_read import ReadPlan, ShardDatasource, Work, read_chunks
-from clipgap_ray.stages.session import Progress, cluster_gpus, connect, gpu_nodes, logger, physical_cpus, waiting
+from clipgap_ray.stages.session import (
+    Progress,
+    cluster_gpus,
+    connect,
+    gpu_nodes,
+    logger,
+    own_error,
+    physical_cpus,
+    waiting,
+)
 
 WINDOW_SHARDS = 4096  # shards per Ray Data execution: bounds the driver's plan at 41,408 shards
 BLOCK_BYTES = 16 << 20  # small blocks: chunks reach the encoders while their shard is still being read
@@ -207,6 +216,7 @@ def _chunks(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True
     context.target_max_block_size = BLOCK_BYTES
     # A pool grows with its queue, but keeps what it has: Ray would stop encoders that images do not come fast enough
     # for, and start them again ten seconds later, on whatever node, with all that an encoder loads.
@@ -231,7 +241,7 @@ def _chunks(
                 came()
                 yield from table.to_pylist()
     except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, ClipgapError) else error from None
+        raise own_error(error) from None
 
 
 def _beside_encoders(gpus: float) -> dict[str, Any]:

@@ -25,13 +25,13 @@ from ray.exceptions import RayActorError, RayTaskError
 from clipgap_ray import rundir, store, uidmap
 from clipgap_ray.config.index import IndexSettings
 from clipgap_ray.embeddings import EmbeddingSet, Part, identity, part_file
-from clipgap_ray.errors import ClipgapError, ConfigError, DataError, ShardLostError, StaleOutputError
+from clipgap_ray.errors import ConfigError, DataError, ShardLostError, StaleOutputError
 from clipgap_ray.index import shard_uri
 from clipgap_ray.kernels import faiss_index
 from clipgap_ray.kernels.nearest_exact import nearest
 from clipgap_ray.kernels.topk import merge_topk
 from clipgap_ray.stages.index_merge import merge_index
-from clipgap_ray.stages.session import Progress, bounded, connect, logger
+from clipgap_ray.stages.session import Progress, bounded, connect, logger, own_error
 from clipgap_ray.stages.sharded import ACTOR_CPUS, ShardActor, ShardedIndex, Source, read_empty, write_empty
 
 BATCH_BYTES = 1 << 28  # rows that a builder reads and adds per call
@@ -286,7 +286,7 @@ class Build:
             self.held[number] = {}  # unknown: parts that it still holds are skipped when they are added again
             return False
         except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, ClipgapError) else error from None
+            raise own_error(error) from None
 
     def _commit(self, source: Source) -> None:
         """Record the parts that are on disk, so that the summary's counts reconcile."""

@@ -39,8 +39,9 @@ def connect() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    for name in ("ray.data", "ray.train", "ray.serve", "ray"):
+    for name in ("ray.train", "ray.serve", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised; it would print each three times
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=True, logging_level=logging.WARNING)
         return
@@ -78,6 +79,17 @@ def _init_private() -> None:
         object_store_memory=_object_store_bytes(),
         _temp_dir=os.environ.get("CLIPGAP_RAY_TMP"),
     )
+
+
+def own_error(error: ray.exceptions.RayTaskError) -> Exception:
+    """Return the error of ours that a task of Ray Data failed with, else the error as it is.
+
+    The pipeline must have set `raise_original_map_exception`. What Ray adds to the message is about its own retries.
+    """
+    cause = error.cause
+    if not isinstance(cause, ClipgapError):
+        return error
+    return type(cause)(cause.message.partition("\nFailed to ")[0], cause.hint)
 
 
 @contextlib.contextmanager
@@ -212,7 +224,7 @@ def bounded(
         try:
             results = ray.get(done)
         except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, ClipgapError) else error from None
+            raise own_error(error) from None
         running.extend(submit(item) for item in itertools.islice(left, len(done)))
         yield from results
 

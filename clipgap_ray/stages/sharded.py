@@ -16,11 +16,11 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from clipgap_ray import rundir, schema, store
 from clipgap_ray.embeddings import EmbeddingSet
-from clipgap_ray.errors import ClipgapError, DataError, ShardLostError
+from clipgap_ray.errors import DataError, ShardLostError
 from clipgap_ray.index import Answer, IndexShard, check_queries, open_shard, shard_uri
 from clipgap_ray.kernels import faiss_index
 from clipgap_ray.kernels.topk import merge_topk
-from clipgap_ray.stages.session import logger
+from clipgap_ray.stages.session import logger, own_error
 
 ACTOR_CPUS = 0.25
 SAVE_EVERY_S = 30.0
@@ -145,7 +145,7 @@ class ShardedIndex:
             except (RayActorError, GetTimeoutError):
                 continue
             except RayTaskError as error:
-                raise error.cause if isinstance(error.cause, ClipgapError) else error from None
+                raise own_error(error) from None
         nothing = np.full((len(queries), 1), -np.inf, np.float32), np.full((len(queries), 1), -1, np.int64)
         return Answer(*merge_topk(parts or [nothing], k), len(parts), len(self.actors))
 

@@ -18,9 +18,8 @@ import ray
 
 from clipgap_ray import filesystems
 from clipgap_ray.config.train import TrainSettings
-from clipgap_ray.errors import ClipgapError
 from clipgap_ray.stages import train, train_plan
-from clipgap_ray.stages.session import Progress, cluster_gpus, connect, logger, physical_cpus, resolve_device
+from clipgap_ray.stages.session import Progress, cluster_gpus, connect, logger, own_error, physical_cpus, resolve_device
 from clipgap_ray.stages.train_data import DECODER_CPUS
 
 DRIVER_RETRIES = 3  # a driver that dies with its node; errors of the training itself are not retried
@@ -115,7 +114,7 @@ def _error(reference: ray.ObjectRef) -> Exception | None:
     try:
         ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        return error.cause if isinstance(error.cause, ClipgapError) else error
+        return own_error(error)
     except ray.exceptions.RayError as error:
         return error
     return None

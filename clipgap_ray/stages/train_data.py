@@ -22,7 +22,8 @@ import pyarrow as pa
 from PIL import Image
 
 from clipgap_ray import filesystems, store
-from clipgap_ray.errors import ClipgapError, DataError
+from clipgap_ray.errors import DataError
+from clipgap_ray.stages.session import own_error
 
 PREFETCH_BATCHES = 4
 DECODER_CPUS = 0.5
@@ -126,8 +127,8 @@ def read_image(row: dict[str, Any]) -> bytes:
         data = store.read_bytes(row["uri"], row["offset"], row["num_bytes"])
     if len(data) != row["num_bytes"]:
         raise DataError(
-            f"{row['uri']} ends at byte {row['offset'] + len(data)}, inside a sample that was {row['num_bytes']} bytes "
-            f"from {row['offset']} when the samples were listed",
+            f"{row['uri']} has {store.size(row['uri'])} bytes; when its samples were listed it had at least "
+            f"{row['offset'] + row['num_bytes']}",
             hint="put the shard back as it was, or remove the folder of --samples and train anew in another --out",
         )
     return data
@@ -205,6 +206,7 @@ def batches_from_ray_data(plan_ref: Any, plan: Plan, rank: int, world_size: int,
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
+    context.raise_original_map_exception = True
     steps = max(1, DATASET_PIECES * PIECE_ROWS // (end - first))
     for window in range(first_step, plan.steps, steps):
         pieces = list(_pieces(plan, rank, world_size, range(window, min(window + steps, plan.steps))))
@@ -220,7 +222,7 @@ def batches_from_ray_data(plan_ref: Any, plan: Plan, rank: int, world_size: int,
             for made in dataset.iter_batches(batch_size=end - first, batch_format="numpy", prefetch_batches=1):
                 yield made["pixels"], made["caption"].tolist(), made["label"]
         except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, ClipgapError) else error from None
+            raise own_error(error) from None
 
 
 def _pieces(plan: Plan, rank: int, world_size: int, steps: range) -> Iterator[dict[str, int]]:

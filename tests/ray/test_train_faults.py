@@ -113,5 +113,6 @@ def test_a_shard_cut_after_its_samples_were_listed_is_named(
         os.truncate(shard, 2000)
     plan = dataclasses.replace(plan, settings={**plan.settings, "decoders": decoders})
     first = batches_from_ray_data(ray.put(plan), plan, 0, 1, 0) if decoders else batches(plan, 0, 1, 0)
-    with pytest.raises(DataError, match="ends at byte 2000, inside a sample"):
+    with pytest.raises(DataError, match="has 2000 bytes; when its samples were listed") as caught:
         next(first)
+    assert "Failed to" not in str(caught.value)  # what Ray adds to the message is about its own settings
