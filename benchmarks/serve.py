@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from parts.servers import PART_ROWS, SERVERS, K, make_data, running
+from parts.servers import HEADERS, PART_ROWS, SERVERS, K, make_data, question, running
 
 CLIENTS = (1, 64)
 PROGRAMS = ("ours", "ours-switched", "in-process", "serve", "uvicorn", "peer")
@@ -70,8 +70,8 @@ async def load(address: str, name: str, folder: Path, clients: int, seconds: flo
     import aiohttp
 
     queries, exact = np.load(folder / "queries.npy"), np.load(folder / "exact.npy").tolist()
-    path = "/knn-service" if name == "peer" else "/v1/search"
-    bodies = [_body(name, query) for query in queries.astype(np.float64).tolist()]
+    asked = [question(name, query) for query in queries.astype(np.float64).tolist()]
+    path, bodies = asked[0][0], [body for _, body in asked]
     times: list[float] = []
     wrong = 0
     begin = time.perf_counter() + seconds / 5
@@ -94,16 +94,6 @@ async def load(address: str, name: str, folder: Path, clients: int, seconds: flo
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(120)) as session:
         await asyncio.gather(*(client(7 * number, session) for number in range(clients)))
     return Measured(clients, time.perf_counter() - begin, 1e3 * np.array(times), wrong)
-
-
-HEADERS = {"content-type": "application/json"}
-
-
-def _body(name: str, vector: list[float]) -> bytes:
-    if name == "peer":
-        words = {"embedding_input": vector, "modality": "image", "num_images": K, "num_result_ids": K}
-        return json.dumps({**words, "indice_name": "pool", "deduplicate": False}).encode()
-    return json.dumps({"vector": vector, "k": K}).encode()
 
 
 def _row_ids(name: str, answer: Any) -> list[int]:

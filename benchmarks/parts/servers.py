@@ -225,7 +225,7 @@ def running(name: str, folder: Path, options: argparse.Namespace) -> Iterator[tu
     with open(folder / f"{name}.log", "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
     try:
-        _wait_for(port, process, folder / f"{name}.log")
+        _wait_for(port, process, folder / f"{name}.log", name, folder)
         yield f"http://127.0.0.1:{port}", process.pid
     finally:
         process.send_signal(signal.SIGTERM)
@@ -236,16 +236,32 @@ def running(name: str, folder: Path, options: argparse.Namespace) -> Iterator[tu
             process.wait()
 
 
-def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path, name: str, folder: Path) -> None:
+    """Until a search is answered: proxies answer earlier than what stands behind them, some with 404, some with 503."""
     import httpx
 
+    path, body = question(name, np.load(folder / "queries.npy")[0].astype(np.float64).tolist())
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=5).status_code in (200, 404):  # others have none
+            if (
+                httpx.post(f"http://127.0.0.1:{port}{path}", content=body, headers=HEADERS, timeout=5).status_code
+                == 200
+            ):
                 return
         if process.poll() is not None:
             break
         time.sleep(0.2)
     lines = log.read_text(errors="replace").strip().splitlines() or ["nothing in its log"]
     raise RuntimeError(f"did not start: {lines[-1][:200]}")
+
+
+HEADERS = {"content-type": "application/json"}
+
+
+def question(name: str, vector: list[float]) -> tuple[str, bytes]:
+    """Path and body of a search by vector."""
+    if name == "peer":
+        words = {"embedding_input": vector, "modality": "image", "num_images": K, "num_result_ids": K}
+        return "/knn-service", json.dumps({**words, "indice_name": "pool", "deduplicate": False}).encode()
+    return "/v1/search", json.dumps({"vector": vector, "k": K}).encode()

@@ -45,11 +45,13 @@ from clipgap_ray.serving.guard import token_sha256, write_access_log
 from clipgap_ray.serving.messages import Limits
 from clipgap_ray.serving.metadata import Metadata
 from clipgap_ray.serving.remote import Neighbours, RemoteEncoder, RemoteSearcher, ShardQuery
+from clipgap_ray.serving.together import Together
 from clipgap_ray.uidmap import UidMap
 
 logger = logging.getLogger("clipgap")
 
 QUEUE = 256  # requests waiting per replica; more get 503
+SEARCH_BATCH = 64
 ENCODER_BATCH = 16
 ENCODER_CPUS = 0.25
 DOWNSCALE_S = 120  # an encoder that nobody needed for so long goes
@@ -79,19 +81,22 @@ class IndexShardDeployment:
         self.shard = FilteredShard(
             open_shard(uri, number, manifest), EmbeddingSet.open(manifest["embeddings"]["uri"]), own
         )
+        self._together = Together(self._answer, SEARCH_BATCH)
 
-    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.0)
-    async def search(self, calls: list[ShardQuery]) -> list[Neighbours | None]:
-        """Search for several callers at once: the requests that came while the last search ran.
+    async def search(self, call: ShardQuery) -> Neighbours | None:
+        """Search, together with what came while the last search ran.
 
         Returns:
-            (nq_i, k_i) similarities and row ids of each caller; None where another version was expected.
+            (nq, k) similarities and row ids; None where another version was expected.
         """
+        return await self._together.ask(call)
+
+    def _answer(self, calls: list[ShardQuery]) -> list[Neighbours | None]:
         answers: list[Neighbours | None] = [None] * len(calls)
         asked = [at for at, call in enumerate(calls) if call.version == self.version]
         for within in dict.fromkeys(calls[at].within for at in asked):
             together = [at for at in asked if calls[at].within == within]
-            found = await asyncio.to_thread(self._search, [calls[at] for at in together], within)
+            found = self._search([calls[at] for at in together], within)
             for at, answer in zip(together, found, strict=True):
                 answers[at] = answer
         return answers

@@ -50,6 +50,7 @@ class Metadata:
         self.cache_bytes = cache_bytes
         self._num_rows = {part.number: part.num_rows for part in self.rows.parts}
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()
+        self._bytes = 0
         self._lock = threading.Lock()
 
     def lookup(self, row_ids: np.ndarray) -> list[dict[str, Any]]:
@@ -59,12 +60,12 @@ class Metadata:
         """
         parts, positions = schema.split_row_ids(row_ids)
         found: list[dict[str, Any]] = [{} for _ in range(len(parts))]
-        for part in np.unique(parts):
-            here = np.flatnonzero((parts == part) & (positions < self._num_rows.get(int(part), 0)))
+        for part in set(parts.tolist()):
+            here = np.flatnonzero((parts == part) & (positions < self._num_rows.get(part, 0)))
             if not len(here):
                 continue
-            taken = self._table(int(part)).take(pa.array(positions[here])).to_pylist()
-            for at, row in zip(here, taken, strict=True):
+            taken = self._table(part).take(pa.array(positions[here])).to_pylist()
+            for at, row in zip(here.tolist(), taken, strict=True):
                 if not self.hidden.reason(row):
                     found[at] = {name: row[name] for name in COLUMNS}
         return found
@@ -111,11 +112,14 @@ class Metadata:
 
     def _table(self, part: int) -> pa.Table:
         with self._lock:
-            table = self._tables.pop(part, None)
-        if table is None:
-            table = self.rows.metadata(part, self._columns)
+            if part in self._tables:
+                self._tables.move_to_end(part)
+                return self._tables[part]
+        table = self.rows.metadata(part, self._columns).combine_chunks()
         with self._lock:
-            self._tables[part] = table
-            while len(self._tables) > 1 and sum(t.nbytes for t in self._tables.values()) > self.cache_bytes:
-                self._tables.popitem(last=False)
+            if part not in self._tables:  # another thread may have read it meanwhile
+                self._tables[part] = table
+                self._bytes += table.nbytes  # once: it takes longer than a row
+            while len(self._tables) > 1 and self._bytes > self.cache_bytes:
+                self._bytes -= self._tables.popitem(last=False)[1].nbytes
         return table
