@@ -52,6 +52,7 @@ logger = logging.getLogger("clipgap")
 
 QUEUE = 256  # requests waiting per replica; more get 503
 SEARCH_BATCH = 64
+LATER = 4  # niceness of searches: where cores are scarce the gateway goes first, and what waits is searched together
 ENCODER_BATCH = 16
 ENCODER_CPUS = 0.25
 DOWNSCALE_S = 120  # an encoder that nobody needed for so long goes
@@ -82,6 +83,7 @@ class IndexShardDeployment:
             open_shard(uri, number, manifest), EmbeddingSet.open(manifest["embeddings"]["uri"]), own
         )
         self._together = Together(self._answer, SEARCH_BATCH)
+        os.nice(LATER)
 
     async def search(self, call: ShardQuery) -> Neighbours | None:
         """Search, together with what came while the last search ran.
