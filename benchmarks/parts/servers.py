@@ -158,7 +158,7 @@ def serve_obvious(folder: Path, port: int, options: argparse.Namespace) -> None:
             self.index = faiss.read_index(str(folder / "image.index"))
 
         @app.post("/v1/search")
-        def search(self, body: dict[str, Any]) -> dict[str, Any]:
+        def search(self, body: dict) -> dict:  # what FastAPI can look up in a pickled class
             return answer(self.index, body)
 
     serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -241,7 +241,7 @@ def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path, name: str,
     import httpx
 
     path, body = question(name, np.load(folder / "queries.npy")[0].astype(np.float64).tolist())
-    deadline = time.monotonic() + START_S
+    deadline, said = time.monotonic() + START_S, ""
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.HTTPError):
             if (
@@ -253,7 +253,7 @@ def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path, name: str,
             break
         time.sleep(0.2)
     lines = log.read_text(errors="replace").strip().splitlines() or ["nothing in its log"]
-    raise RuntimeError(f"did not start: {lines[-1][:200]}")
+    raise RuntimeError(f"did not start: {said or lines[-1][:200]}")
 
 
 HEADERS = {"content-type": "application/json"}
