@@ -21,6 +21,7 @@ from clipgap_ray import rundir, schema, store
 from clipgap_ray.errors import ConfigError, DataError, IndexMismatchError
 
 GROUP_BYTES = 1 << 30
+METADATA_GROUP_ROWS = 1024  # what the service reads to say what one row is
 # What makes two encoders the same notion of similarity; batch size and threads only change the last bits.
 IDENTITY = ("model", "weights_sha256", "quick_gelu", "preprocess", "dim", "crop_border")
 # In place of the hash where rows were imported: there were no weights to hash, names are all that can be compared.
@@ -72,7 +73,7 @@ def write_part(
         raise DataError(f"part {part}: {images.shape[0]} image rows beside {metadata.num_rows} metadata rows")
     contents = {
         "img_emb": store.array_bytes(np.ascontiguousarray(images, dtype=np.float16)),
-        "metadata": store.table_bytes(metadata.cast(schema.METADATA)),
+        "metadata": store.table_bytes(metadata.cast(schema.METADATA), METADATA_GROUP_ROWS),
         "ledger": store.table_bytes(ledger.cast(schema.LEDGER)),
     }
     if texts is not None:
@@ -154,6 +155,14 @@ class EmbeddingSet:
     def metadata(self, part: int, columns: list[str] | None = None) -> pa.Table:
         """Return the metadata of a part, or some of its columns."""
         return store.read_table(store.join(self.uri, part_file("metadata", part)), columns)
+
+    def metadata_groups(self, part: int) -> list[int]:
+        """Return the first rows of a part's groups of metadata, which `metadata_group` reads alone."""
+        return store.group_starts(store.join(self.uri, part_file("metadata", part)))
+
+    def metadata_group(self, part: int, group: int, columns: list[str]) -> pa.Table:
+        """Return some columns of one group of a part's metadata."""
+        return store.read_group(store.join(self.uri, part_file("metadata", part)), group, columns)
 
     def image_bytes(self, part: int, facts: Mapping[str, Any]) -> bytes:
         """Read an encoded image by range.

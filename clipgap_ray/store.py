@@ -15,14 +15,15 @@ import contextlib
 import errno
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,8 @@ import pyarrow.parquet as pq
 
 from clipgap_ray import filesystems
 from clipgap_ray.errors import DataError, StorageError
+
+T = TypeVar("T")
 
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # the name that atomic_file gives
 
@@ -266,10 +269,10 @@ def read_array(uri: str) -> np.ndarray:
     return np.load(io.BytesIO(read_bytes(uri)), allow_pickle=False)
 
 
-def table_bytes(table: pa.Table) -> bytes:
-    """Return a table as the bytes of a parquet file."""
+def table_bytes(table: pa.Table, group_rows: int | None = None) -> bytes:
+    """Return a table as the bytes of a parquet file; groups of so many rows can be read alone (`read_group`)."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", row_group_size=group_rows)
     return sink.getvalue().to_pybytes()
 
 
@@ -279,15 +282,50 @@ def write_table(uri: str, table: pa.Table) -> None:
 
 
 def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
-    """Read a parquet file, or some of its columns."""
+    """Read a parquet file, or some of its columns.
+
+    Raises:
+        DataError: If the file is missing, or not parquet with these columns.
+    """
+    return _from_parquet(uri, columns, lambda file: pq.read_table(file, columns=columns))
+
+
+def group_starts(uri: str) -> list[int]:
+    """Return the first row of every row group of a parquet file, reading only its footer.
+
+    Raises:
+        DataError: If the file is missing, or not parquet.
+    """
+    footer = _from_parquet(uri, None, pq.read_metadata)
+    sizes = [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
+    return list(itertools.accumulate([0, *sizes[:-1]]))
+
+
+def read_group(uri: str, group: int, columns: list[str]) -> pa.Table:
+    """Read some columns of one row group of a parquet file.
+
+    Raises:
+        DataError: If the file is missing, or not parquet with these columns.
+    """
+
+    def read(file: IO[bytes]) -> pa.Table:
+        return pq.ParquetFile(file, pre_buffer=True).read_row_group(group, columns)
+
+    table = _from_parquet(uri, columns, read)
+    if missing := set(columns) - set(table.column_names):  # pyarrow leaves them out without a word
+        raise DataError(f"{uri} has no column {', '.join(sorted(missing))}; it has {', '.join(table.column_names)}")
+    return table
+
+
+def _from_parquet(uri: str, columns: list[str] | None, read: Callable[[IO[bytes]], T]) -> T:
     fs, path = filesystems.filesystem(uri)
 
-    def read() -> pa.Table:
+    def opened() -> T:
         with fs.open(path, "rb") as file:
-            return pq.read_table(file, columns=columns)
+            return read(file)
 
     try:
-        return filesystems.patiently(uri, read)
+        return filesystems.patiently(uri, opened)
     except FileNotFoundError:
         raise DataError(f"{uri} does not exist") from None
     except pa.ArrowInvalid as error:

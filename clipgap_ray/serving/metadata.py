@@ -1,6 +1,7 @@
 """What a row id stands for: uid, caption, image path, shard; read from the embeddings when asked for.
 
-Memory is bounded: tables of the parts asked for last, up to a number of bytes; the rows' embeddings stay on disk.
+Memory is bounded: row groups asked for last, up to a number of bytes, and eight bytes for every group there is; the
+rows' embeddings stay on disk. A row costs the reading of its group (a millisecond for 1,024 rows), not of its part.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Metadata:
     Args:
         uri: The folder that the index was built from.
         modality: Whose vectors `vector` returns: image or text.
-        cache_bytes: Memory for tables; one part is always kept.
+        cache_bytes: Memory for tables; one group is always kept.
         hidden: Rows that no answer may show.
         uids: Where uids lie; None (an index of an earlier version) reads the uids of one part after another.
     """
@@ -49,23 +50,26 @@ class Metadata:
         self.modality = modality
         self.cache_bytes = cache_bytes
         self._num_rows = {part.number: part.num_rows for part in self.rows.parts}
-        self._tables: OrderedDict[int, pa.Table] = OrderedDict()
+        self._starts: dict[int, np.ndarray] = {}
+        self._tables: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
     def lookup(self, row_ids: np.ndarray) -> list[dict[str, Any]]:
-        """Return `COLUMNS` of each of (n,) int64 row ids, in order; each part is read once.
+        """Return `COLUMNS` of each of (n,) int64 row ids, in order; each row group is read once.
 
         A row that is unknown or hidden is {}.
         """
         parts, positions = schema.split_row_ids(row_ids)
         found: list[dict[str, Any]] = [{} for _ in range(len(parts))]
-        for part in set(parts.tolist()):
-            here = np.flatnonzero((parts == part) & (positions < self._num_rows.get(part, 0)))
-            if not len(here):
-                continue
-            taken = self._table(part).take(pa.array(positions[here])).to_pylist()
-            for at, row in zip(here.tolist(), taken, strict=True):
+        places: dict[tuple[int, int], list[tuple[int, int]]] = {}  # (part, group): [(where it is shown, row inside)]
+        for at, (part, position) in enumerate(zip(parts.tolist(), positions.tolist(), strict=True)):
+            if position < self._num_rows.get(part, 0):
+                group, inside = self._place(part, position)
+                places.setdefault((part, group), []).append((at, inside))
+        for (part, group), wanted in places.items():
+            taken = self._table(part, group).take([inside for _, inside in wanted]).to_pylist()
+            for (at, _), row in zip(wanted, taken, strict=True):
                 if not self.hidden.reason(row):
                     found[at] = {name: row[name] for name in COLUMNS}
         return found
@@ -90,7 +94,8 @@ class Metadata:
         part, position = (int(value[0]) for value in schema.split_row_ids(np.array([row_id])))
         if position >= self._num_rows.get(part, 0):
             raise KeyError(row_id)
-        row = self._table(part).slice(position, 1).to_pylist()[0]
+        group, inside = self._place(part, position)
+        row = self._table(part, group).slice(inside, 1).to_pylist()[0]
         if self.hidden.reason(row):
             raise KeyError(row_id)
         return self.rows.image_bytes(part, row)
@@ -110,15 +115,24 @@ class Metadata:
                 return int(schema.row_ids(part.number, part.num_rows)[at])
         return None
 
-    def _table(self, part: int) -> pa.Table:
+    def _place(self, part: int, position: int) -> tuple[int, int]:
+        """The group of a row, and the row inside it."""
+        starts = self._starts.get(part)
+        if starts is None:
+            starts = self._starts[part] = np.array(self.rows.metadata_groups(part), np.int64)
+        group = int(np.searchsorted(starts, position, "right")) - 1
+        return group, position - int(starts[group])
+
+    def _table(self, part: int, group: int) -> pa.Table:
+        key = part, group
         with self._lock:
-            if part in self._tables:
-                self._tables.move_to_end(part)
-                return self._tables[part]
-        table = self.rows.metadata(part, self._columns).combine_chunks()
+            if key in self._tables:
+                self._tables.move_to_end(key)
+                return self._tables[key]
+        table = self.rows.metadata_group(part, group, self._columns).combine_chunks()
         with self._lock:
-            if part not in self._tables:  # another thread may have read it meanwhile
-                self._tables[part] = table
+            if key not in self._tables:  # another thread may have read it meanwhile
+                self._tables[key] = table
                 self._bytes += table.nbytes  # once: it takes longer than a row
             while len(self._tables) > 1 and self._bytes > self.cache_bytes:
                 self._bytes -= self._tables.popitem(last=False)[1].nbytes

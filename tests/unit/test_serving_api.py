@@ -16,6 +16,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from clipgap_ray import rundir, schema
+from clipgap_ray.embeddings import METADATA_GROUP_ROWS
 from clipgap_ray.encoder import EncoderSettings
 from clipgap_ray.errors import IndexMismatchError
 from clipgap_ray.index import Answer, IndexShard, LocalIndex, shard_uri
@@ -447,11 +448,22 @@ def test_an_index_of_another_encoder_is_refused_at_start(backend: LocalBackend) 
 
 def test_metadata_memory_is_bounded(tmp_path: Path) -> None:
     source = write_embeddings(tmp_path / "emb", [unit_rows(50, seed) for seed in range(4)])
-    one = Metadata(source)._table(0).nbytes
+    one = Metadata(source)._table(0, 0).nbytes
     metadata = Metadata(source, cache_bytes=int(2.5 * one))
     ids = np.array([(part << 32) + 5 for part in (3, 0, 2, 1, 3)])
     assert [row["uid"] for row in metadata.lookup(ids)] == [uid(part, 5) for part in (3, 0, 2, 1, 3)]
     assert len(metadata._tables) == 2
+
+
+def test_a_row_is_read_with_its_group_only(tmp_path: Path) -> None:
+    rows = 2 * METADATA_GROUP_ROWS + 300
+    source = write_embeddings(tmp_path / "emb", [unit_rows(rows, 0), unit_rows(50, 1)])
+    metadata = Metadata(source)
+    ids = np.array([rows - 1, 0, (1 << 32) + 49, METADATA_GROUP_ROWS - 1, 2 * METADATA_GROUP_ROWS, rows, 5 << 32, 0])
+    wanted = [uid(0, rows - 1), uid(0, 0), uid(1, 49), uid(0, METADATA_GROUP_ROWS - 1), uid(0, 2 * METADATA_GROUP_ROWS)]
+    assert [row.get("uid") for row in metadata.lookup(ids)] == [*wanted, None, None, uid(0, 0)]
+    assert sorted(metadata._tables) == [(0, 0), (0, 2), (1, 0)]
+    assert [table.num_rows for table in metadata._tables.values()].count(METADATA_GROUP_ROWS) == 1
 
 
 def test_the_json_numbers_survive_a_round_trip(client: TestClient) -> None:

@@ -73,6 +73,19 @@ def test_byte_ranges(tmp_path: Path) -> None:
     assert store.read_bytes(uri, 2, 0) == b""
 
 
+def test_row_groups_are_read_alone(tmp_path: Path) -> None:
+    uri = str(tmp_path / "t.parquet")
+    store.write_bytes(uri, store.table_bytes(pa.table({"x": range(25), "y": range(25)}), 10))
+    assert store.group_starts(uri) == [0, 10, 20]
+    assert store.read_group(uri, 2, ["y"]).to_pydict() == {"y": [20, 21, 22, 23, 24]}
+    with pytest.raises(DataError, match="has no column z; it has x"):
+        store.read_group(uri, 0, ["x", "z"])
+    store.write_bytes(uri, store.table_bytes(pa.table({"x": [1]}).slice(0, 0)))
+    assert store.group_starts(uri) in ([], [0])  # no rows: nobody asks for one
+    with pytest.raises(DataError, match="does not exist"):
+        store.group_starts(str(tmp_path / "absent"))
+
+
 @pytest.mark.parametrize("root", ["", "memory://store-test"])
 def test_arrays_tables_and_json_round_trip_on_any_store(tmp_path: Path, root: str) -> None:
     root = root or str(tmp_path)
