@@ -115,7 +115,7 @@ def patiently(uri: str, call: Callable[[], T]) -> T:
                     f"{uri}: {type(error).__name__} after {ATTEMPTS} attempts: {error}",
                     hint=f"check {suspect}; running the same command again continues",
                 ) from error
-            time.sleep(FIRST_PAUSE_S * 2**attempt)
+            time.sleep(FIRST_PAUSE_S * 2**attempt)  # give a busy server, or the network, time to come back
         except _account_errors() as error:
             hint = "configure credentials, name a --profile, or use --anonymous for a public bucket"
             raise StorageError(f"{uri}: {error}", hint) from None

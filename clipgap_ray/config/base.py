@@ -85,7 +85,7 @@ class StorageSettings(Settings):
     """Profile of the AWS configuration; every node needs it."""
 
     def options(self) -> filesystems.StorageOptions:
-        """Return the same as `store` wants it."""
+        """Return the same as `filesystems` wants it."""
         return filesystems.StorageOptions(self.endpoint_url, self.anonymous, self.profile)
 
 
