@@ -53,9 +53,8 @@ def exists(uri: str) -> bool:
     if filesystems.is_local(uri):
         return bool(fs.exists(path))
     try:
-        filesystems.patiently(
-            uri, lambda: fs.info(path)
-        )  # `exists` of s3fs takes a server's failure for an absent file
+        # Not `exists` of s3fs, which takes a server's failure for an absent file.
+        filesystems.patiently(uri, lambda: fs.info(path))
     except FileNotFoundError:
         return False
     return True

@@ -51,11 +51,12 @@ class Together(Generic[Q, A]):
                 return
             try:
                 answers = await asyncio.to_thread(self._compute, [question for question, _ in batch])
-            except Exception as error:  # noqa: BLE001, whatever it is: the callers' business, not this loop's
+                answered = list(zip(batch, answers, strict=True))
+            except Exception as error:  # noqa: BLE001  whatever it is: the callers' business, not this loop's
                 for _, future in batch:
                     if not future.done():
                         future.set_exception(error)
                 continue
-            for (_, future), answer in zip(batch, answers, strict=True):
+            for (_, future), answer in answered:
                 if not future.done():
                     future.set_result(answer)

@@ -80,6 +80,15 @@ def test_an_error_is_everybodys_in_the_batch_and_nobody_elses() -> None:
     asyncio.run(run())
 
 
+def test_a_computation_that_loses_an_answer_leaves_nobody_waiting() -> None:
+    async def run() -> None:
+        together: Together[int, int] = Together(lambda numbers: numbers[:-1], most=4)
+        answers = await asyncio.wait_for(asyncio.gather(*map(together.ask, range(3)), return_exceptions=True), 10)
+        assert [type(answer) for answer in answers] == [ValueError] * 3
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("most", [1, 64])
 def test_every_caller_gets_its_own_answer(most: int) -> None:
     async def run() -> None:
