@@ -66,7 +66,8 @@ cluster.shutdown()
 def run(stage: str, source: str, tests: str, out: Path, nodes: int) -> None:
     """Run a stage on a fresh cluster."""
     folder = tempfile.mkdtemp(prefix="cg-nodes-", dir="/tmp")
-    env = {**os.environ, "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    os.mkdir(f"{folder}/ray")  # where Ray's test cluster notes its address
+    env = {**os.environ, "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_TMPDIR": folder}
     env.pop("RAY_ADDRESS", None)
     words = [sys.executable, "-c", CHILD, stage, source, tests, str(out), str(nodes), folder]
     done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)

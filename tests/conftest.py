@@ -67,6 +67,16 @@ def _download_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["CLIPGAP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _ray_temp_dir() -> Iterator[None]:
+    """Ray's test cluster notes its address under RAY_TMPDIR, in a folder that it does not make; else in /tmp/ray."""
+    folder = tempfile.mkdtemp(prefix="cg-tmp-", dir="/tmp")
+    os.mkdir(f"{folder}/ray")
+    os.environ["RAY_TMPDIR"] = folder
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A private Ray for the whole session, in a short directory (unix sockets allow 107 characters)."""
