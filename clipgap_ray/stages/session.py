@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import secrets
+import signal
 import sys
 import threading
 import time
@@ -44,6 +45,7 @@ def connect() -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised; it would print each three times
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=True, logging_level=logging.WARNING)
+        _sigterm_as_ctrl_c()
         return
     # A private cluster needs no token on disk: without this Ray writes one into the home directory.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -51,6 +53,17 @@ def connect() -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     with _quiet_stderr():
         _start_private()
+    _sigterm_as_ctrl_c()
+
+
+def _sigterm_as_ctrl_c() -> None:
+    """End an operator's SIGTERM as Ctrl-C ends; Ray's own handler prints a native stack trace and aborts."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
 
 
 def _start_private() -> None:

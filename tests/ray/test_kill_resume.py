@@ -8,7 +8,9 @@ test_train_stage, beside the run that it must equal.
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.kernels import subsets
 from clipgap_ray.stages import dedup, embed, export, score
 from tests import made
-from tests.driver import kill_then_resume
+from tests.driver import Driver, kill_then_resume, ray_folder, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -46,6 +48,19 @@ def test_score(drive: Any, tiny_embeddings: dict[str, str], tiny_scores: str, tm
         assert made.files_below(str(tmp_path / "s" / kind)) == made.files_below(f"{tiny_scores}/{kind}")
     manifests = [rundir.read_manifest(uri, "score")["digest"] for uri in (str(tmp_path / "s"), tiny_scores)]
     assert manifests[0] == manifests[1]
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(tiny_embeddings: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "s"
+    words = [f"--pool={tiny_embeddings['pool']}", f"--test=val={tiny_embeddings['val']}", "--group-bytes=1"]
+    command = [sys.executable, "-m", "clipgap_ray.cli", "score", *words, f"--out={out}"]
+    with ray_folder() as folder:
+        process = Driver(command, {**os.environ, "CLIPGAP_RAY_TMP": folder}, tmp_path / "errors")
+        until(lambda: rundir.CommitLog(str(out)).records or process.poll() is not None, "the first part")
+        process.send_signal(signal.SIGTERM)
+        assert process.finish() == 130, process.said()
+    assert "the same command continues" in process.said()
+    assert "***" not in process.said()
 
 
 PARTITIONED = {"mode": "partitioned", "partitions": 8, "also": [0.9], "stays": "hard"}
