@@ -10,6 +10,7 @@ import difflib
 import importlib
 import json
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -90,13 +91,18 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("clipgap").setLevel(logging.INFO)
     try:
-        return _dispatch(words)
+        code = _dispatch(words)
+        sys.stdout.flush()
+        return code
     except ClipgapError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_STOPPED if isinstance(error, StoppedError) else EXIT_ERROR
     except KeyboardInterrupt:
         print("interrupted: the same command continues from here", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader has gone: `clipgap --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        return EXIT_ERROR
 
 
 def _dispatch(words: list[str]) -> int:

@@ -1,6 +1,8 @@
 """The command line: one-screen errors with value, expectation and hint, exit code 1, before any work."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -28,6 +30,14 @@ def test_no_words_prints_the_commands(capsys):
     assert code == 0
     for verb in [*cli.VERBS, "split"]:
         assert f"  {verb} " in out
+
+
+def test_a_reader_that_has_gone_is_no_traceback():
+    command = [sys.executable, "-m", "clipgap_ray.cli", "--help"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == cli.EXIT_ERROR
 
 
 def test_a_misspelled_command_names_the_nearest(capsys):
