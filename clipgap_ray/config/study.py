@@ -41,6 +41,21 @@ class WorldSection(Settings):
     """Same seed, same bytes."""
     correlation: float | None = None
     """Class-background correlation of the pool."""
+    tests: tuple[str, ...] = ()
+    """Which of its test sets the study uses; none named: all of them."""
+
+    def test_names(self) -> tuple[str, ...]:
+        """Return the test sets that the study uses, in the world's order.
+
+        Raises:
+            ConfigError: If the world has no test set of a name.
+        """
+        spec = world.preset(self.preset, kind=self.kind)
+        there = (*world.evaluation_sets(spec), *(["counteranimal"] if spec.counter_rows else []))
+        unknown = sorted(set(self.tests) - set(there))
+        if unknown:
+            raise ConfigError(f"world.tests names {unknown}; a {self.kind} world has {list(there)}")
+        return tuple(name for name in there if not self.tests or name in self.tests)
 
 
 class DataSection(Settings):
@@ -158,6 +173,8 @@ class StudyFile(Settings):
     def _consistent(self) -> StudyFile:
         if (self.world is None) == (self.data is None):
             raise ConfigError("a study needs one of `world` and `data`")
+        if self.main_test not in self.test_names():
+            raise ConfigError(f"main_test is {self.main_test!r}, the study's test sets are {list(self.test_names())}")
         for name, values in self.splits.items():
             schema.check_name(name, "split")
             self.split_settings(name, values, "scores", f"{name}.npy")
@@ -205,8 +222,7 @@ class StudyFile(Settings):
         if self.data is not None:
             return tuple(self.data.tests)
         assert self.world is not None  # one of the two is there
-        spec = world.preset(self.world.preset, kind=self.world.kind)
-        return (*world.evaluation_sets(spec), *(["counteranimal"] if spec.counter_rows else []))
+        return self.world.test_names()
 
     def first_seed(self, run: RunSection) -> str:
         """Return the name of a run's model of the first seed."""

@@ -19,6 +19,8 @@ from clipgap_ray.errors import BudgetError
 
 LIMIT_S = 2 * 3600.0
 PROBE_ROWS = 8
+START_S = 10.0  # until an encoder's process has loaded torch and the model
+DECODE_S = 0.002  # of a row at 256 pixels, to tell a small job from a large one
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ def check(predicted: Forecast, agreed: bool) -> None:
             f"embedding on CPUs, {predicted}; more than {duration(LIMIT_S)} needs --yes",
             hint="use GPUs (--device cuda), try a part (--sample 0.01, --shards 0:10), or add --yes",
         )
+
+
+def is_small(predicted: Forecast) -> bool:
+    """Return whether a job would be done, one image after the other, before an encoder actor has started."""
+    return predicted.seconds + predicted.rows * DECODE_S < START_S
 
 
 def duration(seconds: float) -> str:

@@ -10,6 +10,8 @@ reconcile. Rejected: one bad sample failing a task (Ray's default), and row-leve
 Several encoders share one read (`--also`): each has its folder (`embed_outputs`), and a part is computed for those that
 lack it.
 
+A job of a few seconds on a laptop (a test set) is done in the driver, by the same functions.
+
 Reads: any source of `sources.list_shards`, or a labelled set of `testsets`. Writes: `embeddings` layout.
 Unit of restart: the shard. Actors: one per GPU (or more: `gpus_per_worker`), or one per core. On failure: run the
 same command again.
@@ -39,6 +41,7 @@ from clipgap_ray.stages.session import (
     cluster_gpus,
     connect,
     gpu_nodes,
+    is_private,
     logger,
     own_error,
     physical_cpus,
@@ -67,7 +70,7 @@ def run(settings: EmbedSettings) -> rundir.Summary:
     blocked = blocklist.read(settings.blocklist) if settings.blocklist else None
     outputs = embed_outputs.named(settings)
     connect()
-    outputs = _built([embed_outputs.on_device(output, settings) for output in outputs], settings, shards)
+    outputs, forecast = _built([embed_outputs.on_device(output, settings) for output in outputs], settings, shards)
     listed = blocked.describe() if blocked is not None else None
     with contextlib.ExitStack() as stack:
         directories = [
@@ -89,7 +92,8 @@ def run(settings: EmbedSettings) -> rundir.Summary:
             ray.put(blocked) if blocked is not None else None,
             filesystems.options(),
         )
-        measured = _embed(directories, outputs, todo, plan, settings, len(shards))
+        here = forecast is not None and budget.is_small(forecast) and not settings.workers and is_private()
+        measured = _embed(directories, outputs, todo, plan, settings, len(shards), here)
         summaries = [
             directory.finish(
                 {
@@ -128,7 +132,9 @@ def selected_shards(settings: EmbedSettings) -> tuple[testsets.TestSet | None, l
     return test_set, shards
 
 
-def _built(outputs: list[Output], settings: EmbedSettings, shards: list[Shard]) -> list[Output]:
+def _built(
+    outputs: list[Output], settings: EmbedSettings, shards: list[Shard]
+) -> tuple[list[Output], budget.Forecast | None]:
     """Build every encoder once for its fingerprint, and say what a run on CPUs will take before anything is written."""
     built, seconds, rows = [], 0.0, 0
     on_cpu = outputs[0].encoder.device == "cpu"
@@ -143,11 +149,12 @@ def _built(outputs: list[Output], settings: EmbedSettings, shards: list[Shard]) 
         lacking = round(estimate_rows(left[0]) * len(left) * min(settings.sample, 1.0))
         seconds += lacking * budget.probe(encoder, output.text) / _encoders_at_once(settings)
         rows = max(rows, lacking)
-    if rows:
-        predicted = budget.Forecast(rows, seconds)
-        logger.info("embed on cpu: %s", predicted)
-        budget.check(predicted, settings.yes)
-    return built
+    if not rows:
+        return built, None
+    predicted = budget.Forecast(rows, seconds)
+    logger.info("embed on cpu: %s", predicted)
+    budget.check(predicted, settings.yes)
+    return built, predicted
 
 
 def _encoders_at_once(settings: EmbedSettings) -> float:
@@ -183,6 +190,7 @@ def _embed(
     plan: ReadPlan,
     settings: EmbedSettings,
     total: int,
+    here: bool,
 ) -> Measured:
     progress = Progress("embed", total, "shards", done=total - len(todo))
     measured = Measured()
@@ -190,7 +198,7 @@ def _embed(
         window = todo[start : start + WINDOW_SHARDS]
         names = {work.part: work.shard.name for work in window}
         pending: dict[int, dict[int, dict[str, Any]]] = {}
-        for chunk in _chunks(window, plan, outputs, settings):
+        for chunk in _chunks_made_here(window, plan, outputs) if here else _chunks(window, plan, outputs, settings):
             part = chunk["part"]
             chunks = pending.setdefault(part, {})
             chunks[chunk["chunk"]] = chunk
@@ -208,6 +216,14 @@ def _embed(
             progress.advance(rows=record["rows"])
     progress.close()
     return measured
+
+
+def _chunks_made_here(window: list[Work], plan: ReadPlan, outputs: list[Output]) -> Iterator[dict[str, Any]]:
+    """The same chunks without actors, for jobs that are done before an actor has loaded torch and the model."""
+    encode = Encode([(output.encoder, output.text) for output in outputs])
+    for work in window:
+        for table in read_chunks(work, plan):
+            yield from encode(table).to_pylist()
 
 
 def _chunks(

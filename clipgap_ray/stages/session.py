@@ -43,7 +43,7 @@ def connect() -> None:
     for name in ("ray.train", "ray.serve", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised; it would print each three times
-    if os.environ.get("RAY_ADDRESS"):
+    if not is_private():
         ray.init(log_to_driver=True, logging_level=logging.WARNING)
         _sigterm_as_ctrl_c()
         return
@@ -54,6 +54,11 @@ def connect() -> None:
     with _quiet_stderr():
         _start_private()
     _sigterm_as_ctrl_c()
+
+
+def is_private() -> bool:
+    """Return whether `connect` starts Ray on this machine instead of joining a cluster."""
+    return not os.environ.get("RAY_ADDRESS")
 
 
 def _sigterm_as_ctrl_c() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from clipgap_ray import world
 from clipgap_ray.config.study import StudyFile
 from clipgap_ray.config.world import WorldSettings
 from clipgap_ray.stages import world as world_stage
@@ -29,7 +28,7 @@ def prepare(file: StudyFile, out: str) -> Data:
     """Render the study's world, unless it names real data."""
     if file.world is not None:
         logger.info("-- world")
-        world_stage.run(WorldSettings(out=f"{out}/world", **file.world.model_dump()))
+        world_stage.run(WorldSettings(out=f"{out}/world", **file.world.model_dump(exclude={"tests"})))
     return locate(file, out)
 
 
@@ -38,15 +37,6 @@ def locate(file: StudyFile, out: str) -> Data:
     if file.data is not None:
         return Data(file.data.pool, file.data.reference, dict(file.data.tests), dict(file.data.crop))
     assert file.world is not None  # StudyFile checks that one of the two is there
-    values = file.world.model_dump()
-    spec = world.preset(
-        values["preset"],
-        rows=values["rows"],
-        seed=values["seed"],
-        correlation=values["correlation"],
-        kind=values["kind"],
-    )
-    tests = {name: f"{out}/world/tests/{name}" for name in world.evaluation_sets(spec)}
-    if spec.counter_rows:
-        tests["counteranimal"] = f"{out}/world/counteranimal"
+    folders = {"counteranimal": f"{out}/world/counteranimal"}
+    tests = {name: folders.get(name, f"{out}/world/tests/{name}") for name in file.world.test_names()}
     return Data(f"{out}/world/pool", f"{out}/world/reference", tests)

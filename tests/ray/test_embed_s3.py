@@ -33,7 +33,7 @@ def s3(tiny_world: made.World) -> Iterator[s3_server.S3Server]:
 
 
 def settings(s3: s3_server.S3Server, **more: Any) -> EmbedSettings:
-    words = {"source": "s3://bucket/pool", "out": "s3://bucket/emb", "model": "projection"}
+    words = {"source": "s3://bucket/pool", "out": "s3://bucket/emb", "model": "projection", "workers": 2}
     storage = StorageSettings(endpoint_url=s3.url, anonymous=True)
     return EmbedSettings(**{**words, "batch_size": made.BATCH_SIZE, "storage": storage, **more})
 

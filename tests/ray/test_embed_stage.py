@@ -27,7 +27,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 
 def settings(source: str, out: str, **more: object) -> EmbedSettings:
-    words = {"source": source, "out": out, "model": "projection", "batch_size": made.BATCH_SIZE}
+    # Workers asked for by number: jobs as small as these would be done in the driver.
+    words = {"source": source, "out": out, "model": "projection", "batch_size": made.BATCH_SIZE, "workers": 2}
     return EmbedSettings(**{**words, **more})  # type: ignore[arg-type]
 
 
@@ -53,6 +54,18 @@ def test_files_equal_those_of_the_twin_without_ray(embedded: Embedded, tiny_embe
         assert stage == made.files_below(f"{tiny_embeddings['pool']}/{kind}")
         assert len(stage) == 11
     assert embedded.pool.digest == EmbeddingSet.open(tiny_embeddings["pool"]).digest
+
+
+def test_a_small_job_starts_no_actors_and_makes_the_same_files(
+    tiny_world: made.World, tiny_embeddings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray.data, "read_datasource", None)
+    out = str(tmp_path / "pool")
+    summary = embed.run(settings(tiny_world.path("pool"), out, workers=0))
+    assert summary.parts == 11
+    assert summary.read == summary.kept + sum(summary.dropped.values())
+    for kind in ("img_emb", "text_emb", "metadata", "ledger"):
+        assert made.files_below(f"{out}/{kind}") == made.files_below(f"{tiny_embeddings['pool']}/{kind}")
 
 
 def test_rows_follow_the_shards_and_are_described(embedded: Embedded, tiny_world: made.World) -> None:

@@ -32,7 +32,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 def test_embed(drive: Any, tiny_world: made.World, tiny_embeddings: dict[str, str], tmp_path: Path) -> None:
     out = str(tmp_path / "emb")
-    settings = EmbedSettings(source=tiny_world.path("pool"), out=out, model="projection", batch_size=made.BATCH_SIZE)
+    words = {"model": "projection", "batch_size": made.BATCH_SIZE, "workers": 2}  # a job as small would start none
+    settings = EmbedSettings(source=tiny_world.path("pool"), out=out, **words)
     assert kill_then_resume(drive, embed, settings) == 1
     for kind in ("img_emb", "text_emb", "metadata", "ledger"):
         assert made.files_below(f"{out}/{kind}") == made.files_below(f"{tiny_embeddings['pool']}/{kind}")

@@ -55,3 +55,8 @@ def test_more_than_two_hours_needs_a_yes() -> None:
 )
 def test_durations_in_words(seconds: float, words: str) -> None:
     assert budget.duration(seconds) == words
+
+
+def test_what_an_encoder_actor_is_not_worth_starting_for() -> None:
+    small, long, many = budget.Forecast(1200, 3.0), budget.Forecast(1200, 20.0), budget.Forecast(32_768, 1.0)
+    assert [budget.is_small(job) for job in (small, long, many)] == [True, False, False]

@@ -15,7 +15,7 @@ from clipgap_ray.config.study import StudyFile
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.reporting import found, variants
 from clipgap_ray.reporting.study import Study
-from clipgap_ray.stages import discover, join, study_analyses, study_groups
+from clipgap_ray.stages import discover, join, study_analyses, study_data, study_groups
 from clipgap_ray.stages.study_data import Data
 from clipgap_ray.stages.study_step import Step
 from tests import made
@@ -300,3 +300,28 @@ def test_further_ways_of_asking_are_read_from_their_own_folder(built: Built, tmp
     assert [(r["variant"], r["candidates"]) for r in records] == [("as evaluated", ""), ("1v3", "lists of 3")]
     assert records[1]["change_pp"] == 0
     assert f"asked/full-s0/{TEST}-1v3" in {record["artefact"] for record in study.digests()}
+
+
+# --- which test sets of a world --------------------------------------------------------------------------
+
+
+def test_a_study_may_use_some_of_a_worlds_test_sets() -> None:
+    file = study_file({}, world={"preset": "tiny", "tests": ["counteranimal", "sketch", "val"]})
+    tests = study_data.locate(file, "out").tests
+    assert tests == {
+        "val": "out/world/tests/val", "sketch": "out/world/tests/sketch", "counteranimal": "out/world/counteranimal",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tests", "words"),
+    [
+        (["val", "sketsh"], ["world.tests names ['sketsh']", "'sketch'"]),
+        (["sketch"], ["main_test is 'val'", "['sketch']"]),
+    ],
+)
+def test_test_sets_that_are_not_there(tests: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        study_file({}, world={"preset": "tiny", "tests": tests})
+    for word in words:
+        assert word in str(error.value)
