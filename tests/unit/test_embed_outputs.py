@@ -58,7 +58,8 @@ def test_the_driver_describes_gpu_encoders_without_a_gpu() -> None:
     model, pretrained = TIMM.split(",")
     wanted = settings(model=model, pretrained=pretrained)
     on_gpu = embed_outputs.on_this_device(embed_outputs.named(wanted)[0], wanted, "cuda")
-    (built,) = embed._built([on_gpu], wanted, [])
+    (built,), forecast = embed._built([on_gpu], wanted, [])
+    assert forecast is None  # there is nothing here to time a GPU's encoder with
     assert (built.encoder.device, built.encoder.precision) == ("cuda", "fp16")
     assert (built.fingerprint["precision"], built.dim) == ("fp16", 64)
 
