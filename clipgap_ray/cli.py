@@ -11,6 +11,7 @@ import importlib
 import json
 import logging
 import os
+import select
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -100,9 +101,18 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: the same command continues from here", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader has gone: `clipgap --help | head`
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
         return EXIT_ERROR
+
+
+def _reader_has_gone() -> bool:
+    """Whether it is stdout that broke (`clipgap --help | head`): a pipe without a reader reports an error."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _dispatch(words: list[str]) -> int:

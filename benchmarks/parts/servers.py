@@ -244,11 +244,10 @@ def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path, name: str,
     deadline, said = time.monotonic() + START_S, ""
     while time.monotonic() < deadline:
         with contextlib.suppress(httpx.HTTPError):
-            if (
-                httpx.post(f"http://127.0.0.1:{port}{path}", content=body, headers=HEADERS, timeout=5).status_code
-                == 200
-            ):
+            reply = httpx.post(f"http://127.0.0.1:{port}{path}", content=body, headers=HEADERS, timeout=5)
+            if reply.status_code == 200:
                 return
+            said = f"HTTP {reply.status_code}: {reply.text}"[:200]
         if process.poll() is not None:
             break
         time.sleep(0.2)

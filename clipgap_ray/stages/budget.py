@@ -74,9 +74,14 @@ def check(predicted: Forecast, agreed: bool) -> None:
         )
 
 
-def is_small(predicted: Forecast) -> bool:
-    """Return whether a job would be done, one image after the other, before an encoder actor has started."""
-    return predicted.seconds + predicted.rows * DECODE_S < START_S
+def is_small(predicted: Forecast, encoders: float) -> bool:
+    """Return whether one process alone would be done before an encoder actor has started.
+
+    Args:
+        predicted: With so many encoders at once.
+        encoders: Their number.
+    """
+    return predicted.seconds * encoders + predicted.rows * DECODE_S < START_S
 
 
 def duration(seconds: float) -> str:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,6 +51,7 @@ from clipgap_ray.stages.session import (
 
 WINDOW_SHARDS = 4096  # shards per Ray Data execution: bounds the driver's plan at 41,408 shards
 BLOCK_BYTES = 16 << 20  # small blocks: chunks reach the encoders while their shard is still being read
+HERE_S = 2 * budget.START_S  # after so long the driver leaves the rest of a small job to actors
 READ_CPUS = 0.5
 ENCODE_CPUS = 0.5
 
@@ -92,7 +94,8 @@ def run(settings: EmbedSettings) -> rundir.Summary:
             ray.put(blocked) if blocked is not None else None,
             filesystems.options(),
         )
-        here = forecast is not None and budget.is_small(forecast) and not settings.workers and is_private()
+        small = forecast is not None and budget.is_small(forecast, _encoders_at_once(settings))
+        here = small and not settings.workers and is_private()
         measured = _embed(directories, outputs, todo, plan, settings, len(shards), here)
         summaries = [
             directory.finish(
@@ -198,7 +201,7 @@ def _embed(
         window = todo[start : start + WINDOW_SHARDS]
         names = {work.part: work.shard.name for work in window}
         pending: dict[int, dict[int, dict[str, Any]]] = {}
-        for chunk in _chunks_made_here(window, plan, outputs) if here else _chunks(window, plan, outputs, settings):
+        for chunk in (_chunks_made_here if here else _chunks)(window, plan, outputs, settings):
             part = chunk["part"]
             chunks = pending.setdefault(part, {})
             chunks[chunk["chunk"]] = chunk
@@ -218,10 +221,19 @@ def _embed(
     return measured
 
 
-def _chunks_made_here(window: list[Work], plan: ReadPlan, outputs: list[Output]) -> Iterator[dict[str, Any]]:
-    """The same chunks without actors, for jobs that are done before an actor has loaded torch and the model."""
+def _chunks_made_here(
+    window: list[Work], plan: ReadPlan, outputs: list[Output], settings: EmbedSettings
+) -> Iterator[dict[str, Any]]:
+    """The same chunks without actors, for jobs that are done before an actor has loaded torch and the model.
+
+    The forecast looked at the first shard only: where the others hold more, actors take over what is left.
+    """
     encode = Encode([(output.encoder, output.text) for output in outputs])
-    for work in window:
+    began = time.monotonic()
+    for at, work in enumerate(window):
+        if at and time.monotonic() - began > HERE_S:
+            yield from _chunks(window[at:], plan, outputs, settings)
+            return
         for table in read_chunks(work, plan):
             yield from encode(table).to_pylist()
 

@@ -68,6 +68,20 @@ def test_a_small_job_starts_no_actors_and_makes_the_same_files(
         assert made.files_below(f"{out}/{kind}") == made.files_below(f"{tiny_embeddings['pool']}/{kind}")
 
 
+def test_a_job_that_was_taken_for_small_is_left_to_actors(
+    tiny_world: made.World, tiny_embeddings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = []
+    by_actors = embed._chunks
+    monkeypatch.setattr(embed, "HERE_S", 0.0)
+    monkeypatch.setattr(embed, "_chunks", lambda window, *rest: left.extend(window) or by_actors(window, *rest))
+    out = str(tmp_path / "pool")
+    embed.run(settings(tiny_world.path("pool"), out, workers=0))
+    assert len(left) == 10  # the first shard is done
+    for kind in ("img_emb", "text_emb", "metadata", "ledger"):
+        assert made.files_below(f"{out}/{kind}") == made.files_below(f"{tiny_embeddings['pool']}/{kind}")
+
+
 def test_rows_follow_the_shards_and_are_described(embedded: Embedded, tiny_world: made.World) -> None:
     pool = embedded.pool
     for part in pool.parts:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from ray.serve.handle import DeploymentHandle
 
 from clipgap_ray.config.serve import ServeSettings
 from clipgap_ray.encoder import EncoderSettings
@@ -32,9 +32,10 @@ def test_a_second_replica_comes_under_load_and_answers_alike(ray_session: None) 
     def running() -> int:
         return serve.status().applications["encoder"].deployments["EncoderDeployment"].replica_states.get("RUNNING", 0)
 
-    def load(call: Callable[[np.ndarray], np.ndarray], number: int) -> None:
+    def load(handle: DeploymentHandle, number: int) -> None:
         while not stop.is_set():
-            np.testing.assert_allclose(call(IMAGES), expected, atol=1e-5)
+            rows = handle.encode_images.remote(IMAGES).result(timeout_s=60)
+            np.testing.assert_allclose(rows, expected, atol=1e-5)
             answered[number] += 1
 
     try:
@@ -42,8 +43,7 @@ def test_a_second_replica_comes_under_load_and_answers_alike(ray_session: None) 
         handle = serve.run(bind_encoder(settings, encoder), name="encoder", route_prefix=None)
         assert running() == 1
         with ThreadPoolExecutor(CALLERS) as threads:
-            ask = lambda images: handle.encode_images.remote(images).result(timeout_s=60)  # noqa: E731
-            loads = [threads.submit(load, ask, number) for number in range(CALLERS)]
+            loads = [threads.submit(load, handle, number) for number in range(CALLERS)]
             try:
                 until(lambda: running() == 2, "a second replica")
                 before = list(answered)

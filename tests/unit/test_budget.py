@@ -59,4 +59,5 @@ def test_durations_in_words(seconds: float, words: str) -> None:
 
 def test_what_an_encoder_actor_is_not_worth_starting_for() -> None:
     small, long, many = budget.Forecast(1200, 3.0), budget.Forecast(1200, 20.0), budget.Forecast(32_768, 1.0)
-    assert [budget.is_small(job) for job in (small, long, many)] == [True, False, False]
+    assert [budget.is_small(job, 1) for job in (small, long, many)] == [True, False, False]
+    assert not budget.is_small(small, 16)  # 48 seconds of one core

@@ -40,6 +40,15 @@ def test_a_reader_that_has_gone_is_no_traceback():
     assert process.wait() == cli.EXIT_ERROR
 
 
+def test_another_broken_pipe_is_not_taken_for_it(monkeypatch):
+    def broken(_words):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "_dispatch", broken)
+    with pytest.raises(BrokenPipeError):
+        cli.main(["status", "x"])
+
+
 def test_a_misspelled_command_names_the_nearest(capsys):
     code, _, error = run(capsys, "embde", "x")
     assert code == 1
