@@ -14,6 +14,6 @@ def build_app(args: dict[str, Any]) -> Application:
     Args:
         args: Settings of `clipgap serve` (`clipgap_ray.config.serve.ServeSettings`).
     """
-    from clipgap_ray.serving.deployments import build_app as build
+    from clipgap_ray.serving.app import build_app as build
 
     return build(args)

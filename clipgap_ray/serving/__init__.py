@@ -1,1 +1,1 @@
-"""The service: `api` (routes from a backend, no Ray), `backend` (what answers), `deployments` (Ray Serve), `run`."""
+"""The service: routes from a backend (`api`, `backend`; no Ray), on Ray Serve (`deployments`, `app`), started (`run`)."""

@@ -28,9 +28,9 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from clipgap_ray import rundir, schema, store
-from clipgap_ray.config.serve import ADMIN_VARIABLE, TOKEN_VARIABLE, ServeSettings, read_token
-from clipgap_ray.embeddings import EmbeddingSet, check_same_encoder
+from clipgap_ray import rundir, store
+from clipgap_ray.config.serve import ServeSettings
+from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.encoder import EncoderSettings, check
 from clipgap_ray.errors import ClipgapError, ConfigError, ShardLostError
 from clipgap_ray.hidden import read_hidden
@@ -39,9 +39,9 @@ from clipgap_ray.serving import swap
 from clipgap_ray.serving.admin import Admin
 from clipgap_ray.serving.api import make_api
 from clipgap_ray.serving.backend import IndexBackend, index_info
-from clipgap_ray.serving.coverage import Coverage, recipe_uri
+from clipgap_ray.serving.coverage import Coverage
 from clipgap_ray.serving.filters import Filter, FilteredShard
-from clipgap_ray.serving.guard import token_sha256, write_access_log
+from clipgap_ray.serving.guard import write_access_log
 from clipgap_ray.serving.messages import Limits
 from clipgap_ray.serving.metadata import Metadata
 from clipgap_ray.serving.remote import Neighbours, RemoteEncoder, RemoteSearcher, ShardQuery
@@ -253,60 +253,6 @@ class Gateway:
         return make_api(self.backend, self.config.limits, self.config.token_hash, admin=admin)
 
 
-def build_app(args: ServeSettings | Mapping[str, Any]) -> serve.Application:
-    """Check the settings and wire the deployments; bearer tokens come from the environment.
-
-    Args:
-        args: Settings, or the `args` of a Serve config file.
-
-    Raises:
-        ConfigError: On impossible settings, or a public address without a token.
-        DataError: If an index or its embeddings are missing.
-        IndexMismatchError: If the encoder did not make every index.
-    """
-    settings = args if isinstance(args, ServeSettings) else ServeSettings.load(args, "serve")
-    token = check_exposure(settings)
-    indexes = schema.named(settings.index, "--index")
-    manifests = {name: rundir.read_manifest(uri, "index") for name, uri in indexes.items()}
-    encoder = encoder_settings(settings, next(iter(manifests.values())))
-    fingerprint = encoder.build().fingerprint
-    shards: dict[str, list[Any]] = {}
-    split_files = {store.read_json(recipe_uri(uri))["name"]: uri for uri in settings.splits}
-    for name, manifest in manifests.items():
-        check_same_encoder(manifest["encoder"], fingerprint, (f"index {name}", "the service's --model"))
-        Metadata(manifest["embeddings"]["uri"])
-        shards[name] = bind_shards(indexes[name], manifest, split_files, settings.replicas, f"{name}-shard-")
-    limits = Limits(
-        k=settings.max_k,
-        batch=settings.max_batch,
-        body_bytes=int(settings.max_body_mb * 1e6),
-        image_pixels=int(settings.max_image_megapixels * 1e6),
-        image_url=settings.image_url,
-        image_url_s=settings.image_url_timeout_s,
-    )
-    read_hidden(settings.blocklist, settings.hide)
-    if settings.scores:
-        Coverage(settings.scores, settings.splits).check(fingerprint)
-    admin = read_token(ADMIN_VARIABLE)
-    config = GatewayConfig(
-        indexes,
-        encoder,
-        limits,
-        settings.shard_timeout_s,
-        token_sha256(token) if token else None,
-        token_sha256(admin) if admin else None,
-        settings.scores,
-        settings.splits,
-        settings.blocklist,
-        settings.hide,
-        settings.access_log,
-    )
-    operator = None
-    if admin:
-        operator = swap.OperatorDeployment.bind(indexes, split_files, settings.replicas)  # type: ignore[attr-defined]
-    return Gateway.bind(config, bind_encoder(settings, encoder), shards, operator)  # type: ignore[attr-defined]
-
-
 def bind_encoder(settings: ServeSettings, encoder: EncoderSettings) -> Any:
     """Return the encoder's deployment: a fixed number of replicas or one that follows the load, on CPUs or GPUs.
 
@@ -339,34 +285,3 @@ def bind_shards(
     args = uri, manifest["index_version"], splits
     others = [deployment.options(name=f"{prefix}{n}").bind(*args, n) for n in range(1, manifest["num_shards"])]
     return [deployment.options(name=f"{prefix}0").bind(*args, 0, others), *others]
-
-
-def encoder_settings(settings: ServeSettings, manifest: Mapping[str, Any]) -> EncoderSettings:
-    """Return the encoder of the queries: the model asked for, else the index's own by name."""
-    made = manifest["encoder"]
-    return EncoderSettings(
-        model=settings.model or made["model"],
-        pretrained=settings.pretrained or ("" if settings.model else made.get("pretrained", "")),
-        batch_size=ENCODER_BATCH,
-        crop_border=made.get("crop_border", 0),
-    )
-
-
-def check_exposure(settings: ServeSettings) -> str:
-    """Return the bearer token ("" for none); only its hash travels on.
-
-    Raises:
-        ConfigError: If the address is public and there is no token.
-    """
-    token = read_token(TOKEN_VARIABLE)
-    if token and token == read_token(ADMIN_VARIABLE):
-        raise ConfigError(
-            f"{TOKEN_VARIABLE} and {ADMIN_VARIABLE} are the same: whoever may read could swap indexes",
-            hint="openssl rand -hex 32 makes another one",
-        )
-    if settings.is_public and not token:
-        raise ConfigError(
-            f"--host {settings.host} can be reached from other machines, and {TOKEN_VARIABLE} is not set",
-            hint=f"export {TOKEN_VARIABLE}=$(openssl rand -hex 32), or use --host 127.0.0.1",
-        )
-    return token

@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from clipgap_ray.config.serve import TOKEN_VARIABLE, ServeSettings
 from clipgap_ray.errors import ClipgapError, ConfigError
 from clipgap_ray.serving import ports, switches
-from clipgap_ray.serving.deployments import build_app, check_exposure
+from clipgap_ray.serving.app import build_app, check_exposure
 
 logger = logging.getLogger("clipgap")
 

@@ -37,7 +37,7 @@ LIMIT_S = 180.0
 DEPLOY = """
 import json, ray, sys
 from clipgap_ray.config.serve import ServeSettings
-from clipgap_ray.serving.deployments import build_app
+from clipgap_ray.serving.app import build_app
 from clipgap_ray.serving.run import deploy
 ray.init(logging_level="ERROR", log_to_driver=False)
 settings = ServeSettings(**json.loads(sys.argv[1]))

@@ -43,7 +43,7 @@ def address(index: str) -> Iterator[str]:
     """The real service over real HTTP."""
     from ray import serve
 
-    from clipgap_ray.serving.deployments import build_app
+    from clipgap_ray.serving.app import build_app
     from clipgap_ray.serving.run import deploy
 
     settings = ServeSettings(index=(f"pool={index}",), port=free_port(), shard_timeout_s=3.0)
@@ -133,7 +133,7 @@ def test_a_lost_shard_is_flagged_then_comes_back_and_nothing_is_wrong(address: s
 
 def test_impossible_settings_are_refused_before_anything_starts(index: str, address: str, tmp_path: Path) -> None:
     from clipgap_ray.serving import run as service
-    from clipgap_ray.serving.deployments import build_app
+    from clipgap_ray.serving.app import build_app
 
     with pytest.raises(DataError, match="does not exist"):
         build_app({"index": [f"pool={tmp_path}/none"]})
@@ -149,7 +149,7 @@ def test_impossible_settings_are_refused_before_anything_starts(index: str, addr
 
 
 def test_an_index_of_another_encoder_is_refused_at_start(index: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from clipgap_ray.serving.deployments import build_app
+    from clipgap_ray.serving.app import build_app
 
     other = EncoderSettings("projection").build()
     other.fingerprint = {**other.fingerprint, "model": "clipgap-other"}

@@ -43,7 +43,7 @@ def test_a_killed_replica_under_load_leaves_every_answer_whole(
 ) -> None:
     from ray import serve
 
-    from clipgap_ray.serving.deployments import build_app
+    from clipgap_ray.serving.app import build_app
     from clipgap_ray.serving.run import APP, deploy
 
     serve_locally(write_embeddings(tmp_path / "emb", PARTS), tmp_path / "index")

@@ -46,7 +46,7 @@ def settings(indexes: dict[str, str]) -> Iterator[ServeSettings]:
     """The service with version one and an admin's key."""
     from ray import serve
 
-    from clipgap_ray.serving.deployments import build_app
+    from clipgap_ray.serving.app import build_app
     from clipgap_ray.serving.run import deploy
 
     with pytest.MonkeyPatch.context() as environment:
@@ -182,7 +182,7 @@ def test_a_gateway_that_starts_again_finds_the_version_that_counts(
 def test_the_service_is_deployed_again_under_load_without_a_failed_request(
     settings: ServeSettings, indexes: dict[str, str]
 ) -> None:
-    from clipgap_ray.serving.deployments import build_app
+    from clipgap_ray.serving.app import build_app
     from clipgap_ray.serving.run import deploy
 
     address = f"http://127.0.0.1:{settings.port}"

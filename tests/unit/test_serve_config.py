@@ -89,7 +89,7 @@ def test_the_encoder_may_share_a_gpu_or_stay_as_it_is() -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
 def test_a_public_address_needs_a_token(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from clipgap_ray.serving.deployments import check_exposure
+    from clipgap_ray.serving.app import check_exposure
 
     settings = ServeSettings(index=("pool=x",), host=host)
     monkeypatch.delenv("CLIPGAP_TOKEN", raising=False)

@@ -132,7 +132,7 @@ def test_which_key_opens_what(read: str | None, admin: str | None, path: str, to
 
 
 def test_tokens_come_from_the_environment_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from clipgap_ray.serving.deployments import check_exposure
+    from clipgap_ray.serving.app import check_exposure
 
     for variable in (TOKEN_VARIABLE, ADMIN_VARIABLE):
         for name in (variable, f"{variable}_FILE"):
