@@ -1,1 +1,1 @@
-"""The service: routes from a backend (`api`, `backend`; no Ray), on Ray Serve (`deployments`, `app`), started (`run`)."""
+"""The service: routes and what answers (`api`, `backend`; no Ray), Ray Serve (`deployments`, `app`), and `run`."""

@@ -120,7 +120,10 @@ def _fit(settings: TrainSettings, plan: Plan, directory: rundir.RunDirectory) ->
     # The controller takes one checkpoint per look at its workers: at Ray's two seconds a short run waits for that.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     monitor = Monitor.remote()  # type: ignore[attr-defined]
-    loop_config = {"plan": ray.put(plan), "monitor": monitor, "checkpoint_every": settings.checkpoint_every}
+    run = store.absolute(directory.uri)
+    loop_config = {
+        "plan": ray.put(plan), "run": run, "monitor": monitor, "checkpoint_every": settings.checkpoint_every,
+    }  # fmt: skip
     gpu = resolve_device(settings.device) == "cuda"
     needs = {"CPU": WORKER_CPUS, **({"GPU": 1.0} if gpu else {})}
     elastic = 0 < settings.min_workers < settings.workers
@@ -136,7 +139,7 @@ def _fit(settings: TrainSettings, plan: Plan, directory: rundir.RunDirectory) ->
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         run_config=ray.train.RunConfig(
             name="train",
-            storage_path=store.absolute(directory.uri),
+            storage_path=run,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
         ),

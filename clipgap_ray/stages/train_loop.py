@@ -8,7 +8,9 @@ than before, sees exactly what an uninterrupted one would have seen (design cont
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clipgap_ray import filesystems
+from clipgap_ray import filesystems, store
 from clipgap_ray.errors import DataError
 from clipgap_ray.stages.train_data import Batch, Plan, batches, batches_from_ray_data, prefetched
 from clipgap_ray.stages.train_model import (
@@ -33,7 +35,10 @@ METRICS_EVERY = 10
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """Run one worker: Ray Train calls it on every rank. `config` holds `plan` and `monitor` (an actor or None)."""
+    """Run one worker: Ray Train calls it on every rank.
+
+    `config` holds `plan`, `run` (its directory), `checkpoint_every` and `monitor` (an actor or None).
+    """
     import ray
     import ray.train
     import ray.train.torch
@@ -45,6 +50,8 @@ def train_loop(config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(1)
+    if rank == 0:
+        discard_scratch(config["run"])
     model = build_model(settings, len(plan.class_names))
     step, history, optimizer_state, starts = 0, [], None, [0]
     checkpoint = ray.train.get_checkpoint()
@@ -73,7 +80,7 @@ def train_loop(config: dict[str, Any]) -> None:
             if rank == 0 and config["monitor"] is not None:
                 config["monitor"].add.remote(row)
         if step % config["checkpoint_every"] == 0 or step == plan.steps:
-            _report(wrapped, optimizer, {"step": step, "history": history, "starts": starts}, plan, rank)
+            _report(wrapped, optimizer, {"step": step, "history": history, "starts": starts}, plan, rank, config["run"])
 
     run_steps(plan, wrapped, optimizer, source, step, rank, world_size, device, after_step)
 
@@ -171,7 +178,19 @@ def _check_seen(seen: int, first: int, plan: Plan, device: torch.device) -> None
         raise DataError(f"the ranks saw {int(total)} samples from step {first} on, expected {expected}")
 
 
-def _report(wrapped: nn.Module, optimizer: Any, position: dict[str, Any], plan: Plan, rank: int) -> None:
+def scratch_prefix(run: str) -> str:
+    """Return how the folders begin that hold a run's checkpoints on their way to its storage, on a worker's machine."""
+    return f"clipgap-checkpoint-{store.sha256(run.encode())[:12]}-"
+
+
+def discard_scratch(run: str) -> None:
+    """Remove what killed workers of a run left behind. Nobody else is at work on it: its driver holds a lease."""
+    pattern = os.path.join(glob.escape(tempfile.gettempdir()), f"{scratch_prefix(run)}*")
+    for folder in glob.glob(pattern):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _report(wrapped: nn.Module, optimizer: Any, position: dict[str, Any], plan: Plan, rank: int, run: str) -> None:
     """Report on every rank; rank 0 brings the checkpoint, whose upload goes on while the next steps run.
 
     A checkpoint counts once it is uploaded whole: Ray Train lists it in its snapshot only then, and waits for the last
@@ -184,7 +203,7 @@ def _report(wrapped: nn.Module, optimizer: Any, position: dict[str, Any], plan: 
     if rank:
         ray.train.report(metrics)
         return
-    folder = tempfile.mkdtemp(prefix="clipgap-checkpoint-")  # Ray Train removes it after the upload
+    folder = tempfile.mkdtemp(prefix=scratch_prefix(run))  # Ray Train removes it after the upload
     state = {"model": unwrapped(wrapped).state_dict(), "optimizer": optimizer.state_dict(), **position}
     torch.save(state, os.path.join(folder, "state.pt"))
     published = {"state_dict": portable_state(wrapped, plan.settings["model"]), "step": position["step"]}
