@@ -8,6 +8,7 @@ says what that costs.
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import statistics
@@ -19,7 +20,7 @@ import pyarrow as pa
 from clipgap_ray import blocklist, filesystems, schema, store
 from clipgap_ray.config.base import read_yaml
 from clipgap_ray.config.embed import PlanSettings
-from clipgap_ray.config.limits import PricesFile
+from clipgap_ray.config.limits import LimitsSettings, PricesFile
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.shards import estimate_rows
 from clipgap_ray.sources import Shard
@@ -69,6 +70,7 @@ def run(settings: PlanSettings) -> dict[str, Any]:
     cores = settings.cores or os.cpu_count() or 1
     devices = settings.gpus or devices
     seconds = rows * _seconds_per_row(seen["read_s"], encode_s, device, devices, cores)
+    cost = _cost(settings, seconds, cores, devices)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     predicted = {
         "shards": len(shards),
@@ -88,7 +90,8 @@ def run(settings: PlanSettings) -> dict[str, Any]:
         "cores_to_feed_one_gpu": round(seen["read_s"] / encode_s, 1) if device == "cuda" else None,
         "images_per_s": round(rows / max(seconds, 1e-9), 2),
         "seconds": round(seconds, 1),
-        "cost": _cost(settings, seconds, cores, devices),
+        "cost": cost,
+        "starts": _starts(settings.limits, seconds, cost),
         "probed_rows": seen["rows"],
     }
     _show(settings, outputs, predicted)
@@ -174,6 +177,16 @@ def _cost(settings: PlanSettings, seconds: float, cores: int, gpus: int) -> dict
     return {"amount": round(seconds / 3600 * hourly, 4), "per_hour": hourly, "currency": prices.currency}
 
 
+def _starts(limits: LimitsSettings, seconds: float, cost: dict[str, Any] | None) -> int:
+    """How often the command has to be started under its limits; each start goes on where the one before stopped."""
+    shares = [1.0]
+    if limits.max_hours is not None:
+        shares.append(seconds / 3600 / limits.max_hours)
+    if limits.max_cost is not None and cost is not None:
+        shares.append(cost["amount"] / limits.max_cost)
+    return math.ceil(max(shares))
+
+
 def _show(settings: PlanSettings, outputs: list[Output], found: dict[str, Any]) -> None:
     gigabytes = {name: found[name] / 1e9 for name in ("input_bytes", "output_bytes")}
     memory = found["memory"]
@@ -195,4 +208,6 @@ def _show(settings: PlanSettings, outputs: list[Output], found: dict[str, Any]) 
     if found["cost"] is not None:
         cost = found["cost"]
         lines.append(("cost", f"{cost['amount']:,.2f} {cost['currency']} at {cost['per_hour']:,.2f} an hour"))
+    if found["starts"] > 1:
+        lines.append(("limits", f"stop it before its end: the same command {found['starts']:,} times does it all"))
     logger.info("%s", "\n".join(f"{name:<14}{text}" for name, text in lines))

@@ -11,6 +11,7 @@ import pytest
 
 from clipgap_ray import cli
 from clipgap_ray.config.embed import PlanSettings
+from clipgap_ray.config.limits import LimitsSettings
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.stages import plan
@@ -75,6 +76,27 @@ def test_time_adds_up_from_the_probe(tiny_world: made.World, tmp_path: Path, mon
 )
 def test_cores_and_gpus_work_at_once(device: str, devices: int, expected: float) -> None:
     assert plan._seconds_per_row(0.020, 0.010, device, devices, 4) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("limits", "seconds", "amount", "starts"),
+    [
+        ({}, 9e9, 9e9, 1),
+        ({"max_hours": 2}, 7200, 0.0, 1),
+        ({"max_hours": 2}, 7201, 0.0, 2),
+        ({"max_hours": 2, "max_cost": 1.0, "prices": "p.yaml"}, 7201, 4.5, 5),
+        ({"max_hours": 2}, 0, 0.0, 1),
+    ],
+)
+def test_limits_say_how_often_to_start(limits: dict[str, object], seconds: float, amount: float, starts: int) -> None:
+    assert plan._starts(LimitsSettings.model_validate(limits), seconds, {"amount": amount}) == starts
+
+
+def test_a_plan_over_its_limit_says_so(tiny_world: made.World, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="clipgap"):
+        predicted = predict(tiny_world.path("pool"), limits={"max_hours": 1e-6})
+    assert predicted["starts"] > 1  # type: ignore[operator]
+    assert "stop it before its end" in caplog.text
 
 
 def test_several_encoders_cost_their_sum_on_disk(tiny_world: made.World, tmp_path: Path) -> None:
