@@ -212,6 +212,15 @@ def test_nodes_reach_each_other_on_every_port_and_nobody_else_does():
     assert {"to": rule["from"]} in policy["egress"], "what one may receive another may send"
 
 
+def test_the_documented_redis_can_be_reached():
+    documented = (ROOT / "docs/cluster.md").read_text()
+    (port,) = re.findall(r"redisAddress: redis:(\d+)", documented)
+    (policy,) = [d["spec"] for d in _documents() if d["metadata"]["name"] == "clipgap-nodes"]
+    (rule,) = [r for r in policy["egress"] if {"protocol": "TCP", "port": int(port)} in r.get("ports", [])]
+    ((label, value),) = rule["to"][0]["podSelector"]["matchLabels"].items()
+    assert f"`{label}: {value}`" in documented
+
+
 def test_clients_reach_the_proxy_and_nothing_else():
     assert _open_ports("clipgap-clients") == [(8000, 8000)]
     assert all(not _is_open(name, 8404) for name in ("clipgap-clients", "clipgap-metrics", "clipgap-operator"))
