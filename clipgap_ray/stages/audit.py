@@ -148,13 +148,16 @@ def _audit_one(
 ) -> dict[str, Any]:
     limits = (settings.duplicate, settings.hash_bits)
     found = contamination.duplicates(target.similarity, target.exact, target.bits, settings.near, *limits)
+    # A copy found is a copy, but none found among rows of unknown bytes or hash is no rate of 0.
+    found["exact"] = found["exact"] if target.bytes_known else None
+    found["hash"] = found["hash"] if target.hashes_known else None
     duplicated = contamination.duplicated(target.similarity, target.exact, target.bits, *limits)
     unexamined = coverage["total"] - coverage["examined"] + len(coverage["embedded_only"])
     gap = contamination.gap(target.similarity, target.tau)
     canaries = controls.canaries.get(target.name)
     control = None
     if canaries is not None:
-        bits = None if target.bits is None else canaries.bits
+        bits = canaries.bits if target.hashes_known else None
         control = contamination.control(canaries.similarity, bits, _to_others(target), settings.near, *limits)
     captions = _caption_counts(target)
     return {
@@ -166,11 +169,12 @@ def _audit_one(
             found["duplicated"]["count"], settings.duplicate, unexamined, control or controls.given
         ),
         "dup_rate": found["duplicated"]["rate"],
-        "exact_rate": found["exact"]["rate"],
+        "exact_rate": found["exact"] and found["exact"]["rate"],
         "hash_rate": found["hash"] and found["hash"]["rate"],
         "caption_rate": captions and captions["normalised"]["rate"],
         "closer_rate": gap["closer_to_pool"] and gap["closer_to_pool"]["rate"],
         "duplicates": found,
+        "unknown": target.unknown,
         "control": control,
         "why_no_control": controls.why_not.get(target.name, ""),
         "captions": captions,
@@ -239,7 +243,8 @@ def _similarity(pool: EmbeddingSet, target: Target, i: int) -> float:
 def _failed_rules(settings: AuditSettings, results: list[dict[str, Any]]) -> list[str]:
     needs = {
         "closer_rate": "needs --reference or --thresholds",
-        "hash_rate": "needs perceptual hashes: embed pool and test set from images, and --hash-bits 0 or more",
+        "exact_rate": "needs the sha256 of all images: embed pool and test set from images",
+        "hash_rate": "needs perceptual hashes of all images: embed them from images (and --hash-bits >= 0)",
         "caption_rate": "needs a test set with captions of its own",
     }
     failed = []
@@ -248,7 +253,11 @@ def _failed_rules(settings: AuditSettings, results: list[dict[str, Any]]) -> lis
         for result in results:
             value = result[metric]
             if value is None:
-                raise ConfigError(f"--fail-on {text!r} for {result['test']} {needs[metric]}")
+                lacking = {what: count for what, count in result["unknown"].items() if count}
+                raise ConfigError(
+                    f"--fail-on {text!r} for {result['test']} {needs[metric]}"
+                    + (f" (without: {lacking})" if lacking and metric in ("exact_rate", "hash_rate") else "")
+                )
             if value > limit or (sign == ">=" and value == limit):
                 failed.append(f"{result['test']}: {metric} is {value:.6g}, rule {text}")
     return failed

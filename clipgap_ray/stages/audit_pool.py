@@ -49,9 +49,11 @@ class Target:
         metadata: Their metadata.
         similarity: (n,) float64, exact, to the nearest pool row.
         nearest: (n,) int64 its row id.
-        exact: (n,) bool, the same bytes occur in the pool.
+        exact: (n,) bool, the same bytes are known to occur in the pool.
         bits: (n,) int64 bits in which the perceptual hash differs from the nearest of the pool; None without hashes.
         hash_nearest: (n,) int64 row id behind `bits`, -1 where there is none.
+        unknown: Pool rows and test images without sha256 or perceptual hash: `pool_bytes`, `test_bytes` and, unless
+            the audit does without hashes, `pool_hash`, `test_hash`.
         captions: None when the set has no captions of its own.
         tau: (n,) float64 thresholds, or None.
     """
@@ -64,8 +66,19 @@ class Target:
     exact: np.ndarray
     bits: np.ndarray | None
     hash_nearest: np.ndarray
+    unknown: dict[str, int]
     captions: Captions | None
     tau: np.ndarray | None
+
+    @property
+    def bytes_known(self) -> bool:
+        """Whether both sides have all sha256: only then does "not found" mean "not there"."""
+        return not self.unknown["pool_bytes"] and not self.unknown["test_bytes"]
+
+    @property
+    def hashes_known(self) -> bool:
+        """Whether both sides have all perceptual hashes."""
+        return self.bits is not None and not self.unknown["pool_hash"] and not self.unknown["test_hash"]
 
 
 def targets(settings: AuditSettings, pool: EmbeddingSet) -> list[Target]:
@@ -84,16 +97,21 @@ def targets(settings: AuditSettings, pool: EmbeddingSet) -> list[Target]:
     metadata = [test.all_metadata(COLUMNS) for test in tests.values()]
     ends = np.cumsum([len(block) for block in rows])[:-1]
     similarity, row_ids = nearest(np.concatenate(rows), _blocks(pool), 1)
-    seen = _seen_bytes(pool, metadata)
-    bits, hash_rows = _hashes(pool, metadata) if settings.hash_bits >= 0 else (None, np.full(len(similarity), -1))
+    seen, pool_unknown = _seen_bytes(pool, metadata)
+    bits, hash_rows = None, np.full(len(similarity), -1, np.int64)
+    if settings.hash_bits >= 0:
+        bits, hash_rows, pool_unknown["pool_hash"] = _hashes(pool, metadata)
     captions = _captions(pool, metadata)
     found = []
     for i, (name, test) in enumerate(tests.items()):
         exact = np.array([digest in seen for digest in metadata[i]["sha256"].to_pylist()], bool)
         own_bits = None if bits is None or "phash" not in metadata[i].column_names else np.split(bits, ends)[i]
+        unknown = {**pool_unknown, "test_bytes": _num_unknown(metadata[i], "sha256")}
+        if settings.hash_bits >= 0:
+            unknown["test_hash"] = _num_unknown(metadata[i], "phash")
         found.append(
             Target(name, test, metadata[i], np.split(similarity[:, 0], ends)[i], np.split(row_ids[:, 0], ends)[i],
-                   exact, own_bits, np.split(hash_rows, ends)[i], captions[i], thresholds.get(name))
+                   exact, own_bits, np.split(hash_rows, ends)[i], unknown, captions[i], thresholds.get(name))
         )  # fmt: skip
     return found
 
@@ -107,38 +125,46 @@ def _blocks(embeddings: EmbeddingSet) -> Iterator[tuple[np.ndarray, np.ndarray]]
 # --- bytes, hashes, captions -----------------------------------------------------------------------------
 
 
-def _seen_bytes(pool: EmbeddingSet, metadata: list[pa.Table]) -> set[str]:
-    """Return the image hashes of the test sets that occur in the pool."""
+def _seen_bytes(pool: EmbeddingSet, metadata: list[pa.Table]) -> tuple[set[str], dict[str, int]]:
+    """Return the image hashes of the test sets that occur in the pool, and how many of its rows have none."""
     wanted = pa.array(sorted({h for table in metadata for h in table["sha256"].to_pylist() if h}), pa.string())
     seen: set[str] = set()
+    unknown = 0
     for part in pool.parts:
-        column = pool.metadata(part.number, ["sha256"]).column("sha256")
-        seen.update(column.filter(pc.is_in(column, wanted)).to_pylist())
-    return seen - {None, ""}
+        table = pool.metadata(part.number, ["sha256"])
+        unknown += _num_unknown(table, "sha256")
+        seen.update(table["sha256"].filter(pc.is_in(table["sha256"], wanted)).to_pylist())
+    return seen - {None, ""}, {"pool_bytes": unknown}
 
 
-def _hashes(pool: EmbeddingSet, metadata: list[pa.Table]) -> tuple[np.ndarray | None, np.ndarray]:
-    """Return (n,) bits to the nearest hash of the pool over all test sets, and its row ids; None without hashes."""
+def _num_unknown(table: pa.Table, name: str) -> int:
+    """Count rows that lack a value; imported embeddings have the sha256 ""."""
+    if name not in table.column_names:
+        return int(table.num_rows)
+    column = table[name]
+    return int(column.null_count + (pc.sum(pc.equal(column, "")).as_py() or 0 if name == "sha256" else 0))
+
+
+def _hashes(pool: EmbeddingSet, metadata: list[pa.Table]) -> tuple[np.ndarray | None, np.ndarray, int]:
+    """Return (n,) bits to the nearest hash of the pool over all test sets, its row ids, and pool rows without hash.
+
+    The first is None where one side has no hashes at all.
+    """
     own, mirrored = (
         np.concatenate([_integers(table, name) for table in metadata]) for name in ("phash", "phash_flipped")
     )
-    blocks = _hash_blocks(pool)
-    first = next(blocks, None)
-    if first is None or not phash.telling(own).any():
-        return None, np.full(len(own), -1, np.int64)
+    unknown = 0
 
-    def again() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        yield first
-        yield from blocks
-
-    return phash.nearest_hashes(own, mirrored, again())
-
-
-def _hash_blocks(pool: EmbeddingSet) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for part in pool.parts:
-        table = pool.metadata(part.number, ["row_id", "phash"])
-        if "phash" in table.column_names and table["phash"].null_count < table.num_rows:
+    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        nonlocal unknown
+        for part in pool.parts:
+            table = pool.metadata(part.number, ["row_id", "phash"])
+            unknown += _num_unknown(table, "phash")
             yield _integers(table, "phash"), table["row_id"].to_numpy()
+
+    bits, rows = phash.nearest_hashes(own, mirrored, blocks())
+    none = unknown == pool.num_rows or not phash.telling(own).any()
+    return None if none else bits, rows, unknown
 
 
 def _integers(table: pa.Table, name: str) -> np.ndarray:

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from clipgap_ray import store
@@ -52,6 +53,48 @@ def test_planted_leaks_are_found_and_counts_match_brute_force(built, tmp_path) -
     html = (tmp_path / "index.html").read_text()
     assert "CONTAMINATED" in html
     assert "400 of 400 pool rows examined" in html
+
+
+def with_metadata(built: Built, target, parts, **columns) -> str:
+    """Copy the pool, or a test set, with columns of some parts written anew: name = value of every row."""
+    shutil.copytree(built.root / "embed" / target.name, target)
+    for part in parts:
+        path = str(target / "metadata" / f"metadata_{part:05d}.parquet")
+        table = store.read_table(path)
+        for name, value in columns.items():
+            column = pa.array([value] * table.num_rows, pa.string() if isinstance(value, str) else pa.int64())
+            at = table.column_names.index(name) if name in table.column_names else -1
+            table = table.set_column(at, name, column) if at >= 0 else table.append_column(name, column)
+        store.write_table(path, table)
+    return str(target)
+
+
+def test_unknown_bytes_are_no_rate_of_zero(built, tmp_path) -> None:
+    pool = with_metadata(built, tmp_path / "pool", [0], sha256="")  # the part that holds the two leaks
+    audit.run(settings(built, tmp_path / "o", pool=pool))
+    val = json.loads((tmp_path / "o" / "audit.json").read_text())["tests"][0]
+    assert val["duplicates"]["exact"] is None
+    assert val["exact_rate"] is None
+    assert val["unknown"]["pool_bytes"] == 150
+    assert val["verdict"] == "CONTAMINATED"  # by similarity
+    assert "no sha256 of 150 pool rows and 0 test images" in (tmp_path / "o" / "index.html").read_text()
+    with pytest.raises(ConfigError, match=r"exact_rate>0' for val needs the sha256.*150"):
+        audit.run(settings(built, tmp_path / "o", pool=pool, fail_on=("exact_rate>0",)))
+
+
+def test_hashes_of_a_part_of_the_pool_are_no_rate_but_what_they_find_counts(built, tmp_path) -> None:
+    telling = 0x5555555555555555
+    pool = with_metadata(built, tmp_path / "pool", [1], phash=telling, phash_flipped=telling)
+    sketch = with_metadata(built, tmp_path / "sketch", [0], phash=telling, phash_flipped=telling)
+    own = {"pool": pool, "test": (f"sketch={sketch}",)}
+    audit.run(settings(built, tmp_path / "o", **own))
+    found = json.loads((tmp_path / "o" / "audit.json").read_text())["tests"][0]
+    assert found["hash_rate"] is None
+    assert (found["unknown"]["pool_hash"], found["unknown"]["test_hash"]) == (250, 0)
+    assert found["verdict"] == "CONTAMINATED"
+    assert found["duplicates"]["duplicated"]["count"] == 80
+    with pytest.raises(ConfigError, match="needs perceptual hashes of all images"):
+        audit.run(settings(built, tmp_path / "o", **own, fail_on=("hash_rate>0",)))
 
 
 def test_fail_on_gives_exit_code_4(built, tmp_path) -> None:
