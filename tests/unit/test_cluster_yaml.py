@@ -164,7 +164,23 @@ def test_the_group_lets_in_ssh_from_the_range_and_the_nodes_themselves():
     assert ingress == [{"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "CidrIp": ("Ref", "SshCidr")}]
     inside = resources["AmongThemselves"]["Properties"]
     assert inside["GroupId"] == inside["SourceSecurityGroupId"] == ("Ref", "Nodes")
-    assert resources["S3Endpoint"]["Properties"]["VpcEndpointType"] == "Gateway"
+    endpoint = resources["S3Endpoint"]["Properties"]
+    assert endpoint["VpcEndpointType"] == "Gateway"
+    assert endpoint["ServiceName"] == ("Sub", "com.amazonaws.${AWS::Region}.s3")
+    assert endpoint["RouteTableIds"] == [("Ref", "RouteTableId")], "without it no route leads there"
+
+
+def test_the_head_may_start_what_cluster_yaml_launches():
+    statements = [s for s in _policies("HeadRole") if s["Action"] == "ec2:RunInstances"]
+    allowed = [r for s in statements for r in (s["Resource"] if isinstance(s["Resource"], list) else [s["Resource"]])]
+    kinds = {text.rsplit(":", 1)[1].split("/")[0] for _, text in allowed}
+    needed = {"instance", "image", "volume", "network-interface", "key-pair", "subnet", "security-group"}
+    if any(node.get("InstanceMarketOptions", {}).get("MarketType") == "spot" for node in _nodes().values()):
+        needed.add("spot-instances-request")
+        command = "aws iam create-service-linked-role --aws-service-name spot.amazonaws.com"
+        for name in ("docs/cluster.md", "cluster.yaml"):
+            assert command in (ROOT / name).read_text(), "an account without that role gets no spot node"
+    assert kinds == needed
 
 
 def test_profiles_are_those_of_cluster_yaml_and_least_privilege():
