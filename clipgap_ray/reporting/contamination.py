@@ -146,7 +146,7 @@ def verdict(num_duplicated: int, limit: float, unexamined: int, recall: dict[str
     Args:
         num_duplicated: Duplicated test images.
         limit: Similarity from which they count.
-        unexamined: Pool rows that were not looked at.
+        unexamined: Pool rows and test images that were not looked at.
         recall: A measured recall {"recall", "similarity"} of altered copies; it counts for this limit only.
     """
     if num_duplicated:

@@ -84,17 +84,22 @@ def run(settings: AuditSettings) -> rundir.Summary:
 # --- coverage and control --------------------------------------------------------------------------------
 
 
-def _coverage(pool: EmbeddingSet) -> dict[str, Any]:
+def _coverage(rows: EmbeddingSet) -> dict[str, Any]:
     """N of M rows examined: what `embed` could not read, or was told to leave out, was not examined."""
-    records = rundir.CommitLog(pool.uri).records.values()
+    records = rundir.CommitLog(rows.uri).records.values()
     unexamined: dict[str, int] = {}
     for record in records:
         for reason, count in record.get("dropped", {}).items():
             unexamined[reason] = unexamined.get(reason, 0) + count
-    partial_of = pool.manifest.get("partial") or {}
+    partial_of = rows.manifest.get("partial") or {}
     only = [f"{k} {v}" for k, v in partial_of.items() if v is not None and not (k == "sample" and v == 1.0)]
-    total = pool.num_rows + sum(unexamined.values())
-    return {"examined": pool.num_rows, "total": total, "unexamined": unexamined, "embedded_only": only}
+    total = rows.num_rows + sum(unexamined.values())
+    return {"examined": rows.num_rows, "total": total, "unexamined": unexamined, "embedded_only": only}
+
+
+def _num_unexamined(coverage: dict[str, Any]) -> int:
+    """Rows that were not looked at, at least: a share that was never embedded counts as one more."""
+    return int(coverage["total"] - coverage["examined"] + len(coverage["embedded_only"]))
 
 
 def _controls(settings: AuditSettings, pool: EmbeddingSet, targets: list[Target]) -> Controls:
@@ -152,7 +157,8 @@ def _audit_one(
     found["exact"] = found["exact"] if target.bytes_known else None
     found["hash"] = found["hash"] if target.hashes_known else None
     duplicated = contamination.duplicated(target.similarity, target.exact, target.bits, *limits)
-    unexamined = coverage["total"] - coverage["examined"] + len(coverage["embedded_only"])
+    own_coverage = _coverage(target.test)
+    unexamined = _num_unexamined(coverage) + _num_unexamined(own_coverage)
     gap = contamination.gap(target.similarity, target.tau)
     canaries = controls.canaries.get(target.name)
     control = None
@@ -165,6 +171,7 @@ def _audit_one(
         "uri": target.test.uri,
         "digest": target.test.digest,
         "num_images": len(target.similarity),
+        "coverage": own_coverage,
         "verdict": contamination.verdict(
             found["duplicated"]["count"], settings.duplicate, unexamined, control or controls.given
         ),

@@ -138,6 +138,31 @@ def test_rows_that_were_not_embedded_make_it_incomplete(built, tmp_path) -> None
     summary.check()
 
 
+def test_test_images_that_were_not_embedded_make_it_incomplete(built, tmp_path) -> None:
+    shutil.copytree(built.root / "embed" / "sketch", tmp_path / "sketch")
+    log = next((tmp_path / "sketch" / "commits").iterdir())
+    record = json.loads(log.read_text().splitlines()[0])
+    log.write_text(json.dumps({**record, "dropped": {"bad_image": 2}}) + "\n")
+    both = (f"sketch={tmp_path / 'sketch'}", f"counter={built.root / 'embed' / 'counteranimal'}")
+    summary = audit.run(settings(built, tmp_path / "o", test=both))
+    assert summary.extra["verdicts"]["sketch"] == "INCOMPLETE"
+    assert summary.extra["verdicts"]["counter"] != "INCOMPLETE"
+    found = json.loads((tmp_path / "o" / "audit.json").read_text())["tests"][0]["coverage"]
+    assert (found["examined"], found["total"], found["unexamined"]) == (80, 82, {"bad_image": 2})
+    assert "sketch: 80 of 82 test images examined; 2 bad_image." in (tmp_path / "o" / "index.html").read_text()
+
+
+def test_a_sample_of_the_pool_makes_it_incomplete(built, tmp_path) -> None:
+    shutil.copytree(built.root / "embed" / "pool", tmp_path / "pool")
+    manifest = json.loads((tmp_path / "pool" / "manifest.json").read_text())
+    manifest["partial"] = {"shards": None, "sample": 0.5}
+    (tmp_path / "pool" / "manifest.json").write_text(json.dumps(manifest))
+    sketch = (f"sketch={built.root / 'embed' / 'sketch'}",)
+    summary = audit.run(settings(built, tmp_path / "o", pool=str(tmp_path / "pool"), test=sketch))
+    assert summary.extra["verdicts"] == {"sketch": "INCOMPLETE"}
+    assert "only sample 0.5 was embedded" in (tmp_path / "o" / "index.html").read_text()
+
+
 def test_another_encoder_is_refused(built, tmp_path) -> None:
     shutil.copytree(built.root / "embed" / "val", tmp_path / "val")
     manifest = json.loads((tmp_path / "val" / "manifest.json").read_text())
