@@ -164,12 +164,36 @@ def gpu_nodes() -> list[str]:
     return [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) > 0]
 
 
-def shortage(needs: dict[str, float]) -> str:
-    """Say what keeps one worker from starting.
+def slots(needs: dict[str, float]) -> int:
+    """Return how many workers fit on the living nodes together, whoever holds them now.
 
     Args:
         needs: Amounts by resource ("CPU", "GPU") that one worker asks of one node.
     """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(_fitting(node, needs) for node in nodes)
+
+
+def slots_to_come(needs: dict[str, float]) -> int:
+    """Return how many workers fit on the living nodes, or on those that the autoscaler may bring up in all."""
+    return max(slots(needs), _fitting({name: float(launchable(name)) for name in needs}, needs))
+
+
+def _fitting(has: dict[str, float], needs: dict[str, float]) -> int:
+    asked = {name: amount for name, amount in needs.items() if amount}
+    return min(int(has.get(name, 0.0) / amount + 1e-9) for name, amount in asked.items())  # 2.7 holds three of 0.9
+
+
+def shortage(needs: dict[str, float], count: int = 1) -> str:
+    """Say what keeps workers from starting.
+
+    Args:
+        needs: As in `slots`.
+        count: Workers that start together or not at all.
+    """
+    if 0 < (room := slots(needs)) < count:
+        coming = "the autoscaler may launch more" if slots_to_come(needs) >= count else "add nodes to the cluster"
+        return f"{count} workers want {amounts(needs)} each, the nodes have room for {room}; {coming}"
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     free = ray.available_resources()
     said = []
@@ -183,17 +207,23 @@ def shortage(needs: dict[str, float]) -> str:
             )
         elif free.get(resource, 0.0) < amount:
             said.append(f"all {resource} of the cluster is in use")
-    if not said and not any(all(node.get(name, 0.0) >= amount for name, amount in needs.items()) for node in nodes):
-        said.append("no node has " + " and ".join(f"{amount:g} {name}" for name, amount in needs.items()) + " together")
+    if not said and not slots(needs):
+        said.append(f"no node has {amounts(needs)} together")
     return "; ".join(said) or "resources are there, workers are starting or at work"
 
 
+def amounts(needs: dict[str, float]) -> str:
+    """Return amounts by resource as words: "0.9 CPU and 1 GPU"."""
+    return " and ".join(f"{amount:g} {name}" for name, amount in needs.items())
+
+
 @contextlib.contextmanager
-def waiting(needs: dict[str, float]) -> Iterator[Callable[[], None]]:
+def waiting(needs: dict[str, float], count: int = 1) -> Iterator[Callable[[], None]]:
     """Say every half minute which resource is missing; never give up, since an autoscaled cluster may still bring it.
 
     Args:
         needs: As in `shortage`.
+        count: As in `shortage`.
 
     Yields:
         What to call at the first result: from then on nothing is said.
@@ -203,7 +233,7 @@ def waiting(needs: dict[str, float]) -> Iterator[Callable[[], None]]:
     def watch() -> None:
         started = time.monotonic()
         while not came.wait(SAY_SHORTAGE_S):
-            logger.info("nothing yet after %.0f s: %s", time.monotonic() - started, shortage(needs))
+            logger.info("nothing yet after %.0f s: %s", time.monotonic() - started, shortage(needs, count))
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

@@ -27,7 +27,7 @@ from clipgap_ray.encoder import EncoderSettings, check, register_models
 from clipgap_ray.errors import ClipgapError, ConfigError, DataError, StoppedError
 from clipgap_ray.stages import train_report
 from clipgap_ray.stages.autoscaler import launchable
-from clipgap_ray.stages.session import Progress, cluster_cpus, connect, resolve_device, waiting
+from clipgap_ray.stages.session import Progress, amounts, cluster_cpus, connect, resolve_device, slots_to_come, waiting
 from clipgap_ray.stages.train_data import DECODER_CPUS, Plan
 from clipgap_ray.stages.train_loop import opened, train_loop
 from clipgap_ray.stages.train_plan import make_plan
@@ -127,7 +127,8 @@ def _fit(settings: TrainSettings, plan: Plan, directory: rundir.RunDirectory) ->
     gpu = resolve_device(settings.device) == "cuda"
     needs = {"CPU": WORKER_CPUS, **({"GPU": 1.0} if gpu else {})}
     elastic = 0 < settings.min_workers < settings.workers
-    _check_room(settings)
+    least = settings.min_workers or settings.workers
+    _check_room(settings, needs, least)
     trainer = ray.train.torch.TorchTrainer(
         train_loop,
         train_loop_config=loop_config,
@@ -146,7 +147,9 @@ def _fit(settings: TrainSettings, plan: Plan, directory: rundir.RunDirectory) ->
     )
     done = threading.Event()
     stopped: list[StoppedError] = []
-    follower = threading.Thread(target=_follow, args=(monitor, plan, directory.uri, done, needs, stopped), daemon=True)
+    follower = threading.Thread(
+        target=_follow, args=(monitor, plan, directory.uri, done, needs, least, stopped), daemon=True
+    )
     follower.start()
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -178,12 +181,23 @@ def _own(error: ray.train.WorkerGroupError) -> Exception:
     return next((cause for cause in causes if isinstance(cause, (ClipgapError, OSError))), error)
 
 
-def _check_room(settings: TrainSettings) -> None:
-    """Refuse decoders that would wait for CPUs which the workers hold.
+def _check_room(settings: TrainSettings, needs: dict[str, float], least: int) -> None:
+    """Refuse a run that would wait for ever: too many workers, or decoders for CPUs that the workers hold.
+
+    Args:
+        settings: Of the run.
+        needs: What one worker asks of one node.
+        least: Workers without which the run does not begin.
 
     Raises:
-        ConfigError: If workers and decoders want more CPUs than there are, or could be launched.
+        ConfigError: If that is more than there is, or could be launched.
     """
+    room = slots_to_come(needs)
+    if least > room:
+        raise ConfigError(
+            f"{least} workers want {amounts(needs)} each, the cluster has room for {room}",
+            hint="lower --workers, or pass --min-workers; what an autoscaler may add it says in CLIPGAP_LAUNCHABLE",
+        )
     wanted = settings.workers * (WORKER_CPUS + settings.decoders * DECODER_CPUS)
     there = max(cluster_cpus(), launchable("CPU"))
     if settings.decoders and wanted > there:
@@ -195,15 +209,21 @@ def _check_room(settings: TrainSettings) -> None:
 
 
 def _follow(
-    monitor: Any, plan: Plan, uri: str, done: threading.Event, needs: dict[str, float], stopped: list[StoppedError]
+    monitor: Any,
+    plan: Plan,
+    uri: str,
+    done: threading.Event,
+    needs: dict[str, float],
+    least: int,
+    stopped: list[StoppedError],
 ) -> None:
-    """Show the progress of rank 0 until `done`, and before it what a worker still `needs`.
+    """Show the progress of rank 0 until `done`, and before it what the `least` workers still need.
 
     When the command reaches a limit: say so in `stopped` and end the run the way Ctrl-C does.
     """
     progress = Progress("train", plan.steps, "steps")
     count = 0
-    with train_report.open_reporters(plan.settings, uri) as reporters, waiting(needs) as came:
+    with train_report.open_reporters(plan.settings, uri) as reporters, waiting(needs, least) as came:
         while True:
             ended = done.wait(1.0)
             rows = ray.get(monitor.since.remote(count))

@@ -142,6 +142,45 @@ def test_resources_on_different_nodes_do_not_add_up(cluster, monkeypatch):
     assert session.shortage({"CPU": 1.0, "GPU": 1.0}) == "no node has 1 CPU and 1 GPU together"
 
 
+def test_workers_that_start_together_are_counted_together(cluster, monkeypatch):
+    cluster({"CPU": 2.7}, None)
+    assert session.slots({"CPU": 0.9}) == session.slots_to_come({"CPU": 0.9}) == 3
+    assert session.shortage({"CPU": 0.9}, 4) == (
+        "4 workers want 0.9 CPU each, the nodes have room for 3; add nodes to the cluster"
+    )
+    cluster({"CPU": 2.7}, {"CPU": 8}, free={"CPU": 0.1})
+    assert session.shortage({"CPU": 0.9}, 8).endswith("the autoscaler may launch more")
+    assert session.shortage({"CPU": 0.9}, 3) == "all CPU of the cluster is in use"
+    cluster({"CPU": 1.5}, None, nodes=4)
+    assert session.slots({"CPU": 0.9, "GPU": 0.0}) == 4, "halves of two nodes make no place"
+
+
+def test_training_that_would_wait_for_ever_is_refused(cluster):
+    from clipgap_ray.config.train import TrainSettings
+    from clipgap_ray.stages import train
+
+    def check(needs=None, **more):
+        settings = TrainSettings(source="s", out="o", model="conv-64-test", **more)
+        needs = needs or {"CPU": train.WORKER_CPUS}
+        train._check_room(settings, needs, settings.min_workers or settings.workers)
+
+    cluster({"CPU": 4.0}, None)
+    check(workers=4)
+    check(workers=2, decoders=2)
+    check(workers=5, min_workers=4, accum_freq=4)
+    with pytest.raises(ConfigError, match=r"8 workers want 0.9 CPU each, the cluster has room for 4"):
+        check(workers=8)
+    with pytest.raises(ConfigError, match=r"2 workers with 3 --decoders each want 4.8 CPUs, the cluster has 4.0"):
+        check(workers=2, decoders=3)
+    with pytest.raises(ConfigError, match=r"2 workers want 0.9 CPU and 1 GPU each, the cluster has room for 0"):
+        check({"CPU": train.WORKER_CPUS, "GPU": 1.0}, workers=2)
+    cluster({}, {"CPU": 16, "GPU": 2})
+    check(workers=8)
+    check({"CPU": train.WORKER_CPUS, "GPU": 1.0}, workers=2)
+    with pytest.raises(ConfigError, match="room for 17"):
+        check(workers=18)
+
+
 def test_waiting_speaks_until_something_comes_and_never_gives_up(cluster, monkeypatch):
     cluster({"CPU": 4.0}, None)
     monkeypatch.setattr(session, "SAY_SHORTAGE_S", 0.01)
