@@ -156,6 +156,15 @@ class EmbeddingSet:
         """Return the metadata of a part, or some of its columns."""
         return store.read_table(store.join(self.uri, part_file("metadata", part)), columns)
 
+    def metadata_columns(self) -> pa.Schema:
+        """Return the columns of the metadata: what `embed` writes, and what somebody added (`punsafe`).
+
+        Every part is taken to have those of the first one; without parts they are `embed`'s.
+        """
+        if not self.parts:
+            return schema.METADATA
+        return store.read_columns(store.join(self.uri, part_file("metadata", self.parts[0].number)))
+
     def metadata_groups(self, part: int) -> list[int]:
         """Return the first rows of a part's groups of metadata, which `metadata_group` reads alone."""
         return store.group_starts(store.join(self.uri, part_file("metadata", part)))

@@ -289,6 +289,34 @@ def read_table(uri: str, columns: list[str] | None = None) -> pa.Table:
     return _from_parquet(uri, columns, lambda file: pq.read_table(file, columns=columns))
 
 
+def version_of(uri: str) -> str:
+    """Return a token of a file's present content: another one once it has been written anew.
+
+    Raises:
+        DataError: If it cannot be looked at.
+    """
+
+    def look() -> str:
+        fs, inside = filesystems.filesystem(uri)
+        fs.invalidate_cache(fs._parent(inside))
+        return str(fs.ukey(inside))
+
+    try:
+        return filesystems.patiently(uri, look)
+    except OSError as error:
+        raise DataError(f"{uri} cannot be read: {error}") from None
+
+
+def read_columns(uri: str) -> pa.Schema:
+    """Return the columns of a parquet file with their types, reading only its footer.
+
+    Raises:
+        DataError: If the file is missing, or not parquet.
+    """
+    columns: pa.Schema = _from_parquet(uri, None, pq.read_schema)
+    return columns
+
+
 def group_starts(uri: str) -> list[int]:
     """Return the first row of every row group of a parquet file, reading only its footer.
 

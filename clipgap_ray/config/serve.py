@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import pathlib
+import re
 from typing import Annotated
 
 import pydantic
@@ -15,6 +16,7 @@ from clipgap_ray.errors import ConfigError
 
 TOKEN_VARIABLE = "CLIPGAP_TOKEN"
 ADMIN_VARIABLE = "CLIPGAP_ADMIN_TOKEN"
+ORIGIN = re.compile(r"https?://[^/\s*@]+\Z")
 
 
 def read_token(variable: str) -> str:
@@ -56,6 +58,9 @@ class ServeSettings(Settings):
     """Takedown list, as for `embed`: its samples are in no answer, as neighbour or thumbnail."""
     hide: tuple[str, ...] = ()
     """Rules over the metadata that do the same: `caption~REGEX`, `clip_score<0.1`."""
+    origins: tuple[str, ...] = ()
+    """Web pages of which origins may ask from a browser, such as clip-retrieval's front: `https://my.site`, or `*` for
+    all (CORS). None: only the service's own page."""
     host: str = "127.0.0.1"
     """Address to listen on. Anything but loopback needs a bearer token in the environment variable CLIPGAP_TOKEN,
     or in the file that CLIPGAP_TOKEN_FILE names."""
@@ -82,6 +87,8 @@ class ServeSettings(Settings):
     asked."""
     shard_timeout_s: Annotated[pydantic.PositiveFloat, Operational()] = 5.0
     """An index shard that takes longer is left out; the answer says `degraded`."""
+    gateways: Annotated[pydantic.PositiveInt, Operational()] = 1
+    """Replicas of the gateway, which answers HTTP: with 2, losing one fails only the requests it was answering."""
     replicas: Annotated[pydantic.PositiveInt, Operational()] = 1
     """Replicas of every index shard."""
     encoder_min_replicas: Annotated[pydantic.PositiveInt, Operational()] = 1
@@ -98,6 +105,16 @@ class ServeSettings(Settings):
         if not value:
             raise ConfigError("--index names no index", hint="for example --index pool=out/index")
         schema.named(value, "--index")
+        return value
+
+    @pydantic.field_validator("origins")
+    @classmethod
+    def _are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin != "*" and not ORIGIN.match(origin):
+                raise ConfigError(
+                    f"--origins {origin!r} is no origin of web pages", hint="scheme, host and port: https://my.site"
+                )
         return value
 
     @pydantic.model_validator(mode="after")

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import pathlib
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
 import pydantic
 from fastapi import Depends, FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import UploadFile
@@ -26,7 +28,7 @@ from clipgap_ray.serving import clip_retrieval
 from clipgap_ray.serving.admin import Admin
 from clipgap_ray.serving.contracts import Backend
 from clipgap_ray.serving.fetch import Fetcher
-from clipgap_ray.serving.filters import read_filter
+from clipgap_ray.serving.filters import Filter, read_filter
 from clipgap_ray.serving.guard import Guard, Keys, Meters
 from clipgap_ray.serving.inputs import Body, parse_json, read_search, read_zero_shot, refusal
 from clipgap_ray.serving.messages import (
@@ -50,6 +52,7 @@ from clipgap_ray.serving.openapi import describe_bodies, described
 logger = logging.getLogger("clipgap")
 
 LOGIT_SCALE = 100.0  # CLIP's learned temperature, clipped to 100 in training
+SHOWN_S = 60  # how long a browser may show a thumbnail without asking again whether it is still to be shown
 PAGE = pathlib.Path(__file__).with_name("page")
 PAGE_POLICY = "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'; base-uri 'none'"
 
@@ -60,6 +63,7 @@ def make_api(
     token_hash: str | None = None,
     fetcher: Fetcher | None = None,
     admin: Admin | None = None,
+    origins: Sequence[str] = (),
 ) -> FastAPI:
     """Build the application.
 
@@ -69,6 +73,7 @@ def make_api(
         token_hash: `guard.token_sha256` of the bearer token; None lets everybody in.
         fetcher: Of images given by address; default: from public addresses within the limits.
         admin: Who swaps versions for the holder of the admin key; None: nobody, there are no such routes.
+        origins: Web pages of which origins may ask from a browser; "*" is all.
     """
     limits = limits or Limits()
     fetcher = fetcher or Fetcher(limits)
@@ -79,7 +84,7 @@ def make_api(
     app = FastAPI(title="clipgap", version=__version__, redoc_url=None, responses=refused)
     _add_errors(app)
     _add_v1(app, backend, limits, meters, fetcher)
-    clip_retrieval.add_routes(app, backend, limits, fetcher)
+    clip_retrieval.add_routes(app, backend, limits, meters, fetcher)
     _add_health(app, backend, meters)
     if admin is not None:
         admin_routes.add_routes(app, admin.operator)
@@ -91,7 +96,15 @@ def make_api(
         "/v1/admin/swap", "/healthz", "/readyz", "/metrics", "/", "/indices-list", "/knn-service", "/metadata",
     }  # fmt: skip
     keys = Keys(token_hash, admin.key_hash if admin is not None else None)
-    app.add_middleware(Guard, body_bytes=limits.body_bytes, keys=keys, meters=meters, routes=routes)
+    app.add_middleware(Guard, limits=limits, keys=keys, meters=meters, routes=routes)
+    if origins:  # before the guard: a browser asks first, without the token, whether it may ask
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["x-request-id", clip_retrieval.DEGRADED],
+        )
     return app
 
 
@@ -100,9 +113,12 @@ def _add_v1(app: FastAPI, backend: Backend, limits: Limits, meters: Meters, fetc
     async def search(body: Annotated[tuple[Any, list[bytes]], Depends(_parse_search)]) -> SearchResponse:
         """Nearest rows of a text, an image, a vector or a sample of the index; or of a batch of them."""
         request, uploads = body
-        within = read_filter(request.filter, [split.name for split in await backend.splits()] if request.filter else [])
-        queries = await fetcher.fill(read_search(request, limits, uploads), backend.timings)
         index = await _index_of(backend, request.index, request.modality)
+        within: Filter = ()
+        if request.filter:
+            splits = [split.name for split in await backend.splits()]
+            within = read_filter(request.filter, splits, await backend.columns(index))
+        queries = await fetcher.fill(read_search(request, limits, uploads), backend.timings)
         found = await backend.search(index, queries, request.k, request.collapse, within)
         if found.answer.degraded:
             meters.degraded.inc()
@@ -149,7 +165,7 @@ def _add_v1(app: FastAPI, backend: Backend, limits: Limits, meters: Meters, fetc
     ) -> Response:
         """A small JPEG of a row of an index, read from its shard."""
         data = await backend.thumbnail(index, row_id)
-        return Response(data, media_type="image/jpeg", headers={"cache-control": "private, max-age=300"})
+        return Response(data, media_type="image/jpeg", headers={"cache-control": f"private, max-age={SHOWN_S}"})
 
     @app.post("/v1/zero-shot", openapi_extra=described("ZeroShotRequest", uploads=True))
     async def zero_shot(body: Annotated[tuple[Any, list[bytes]], Depends(_parse_zero_shot)]) -> ZeroShotResponse:

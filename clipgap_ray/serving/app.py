@@ -42,9 +42,9 @@ def build_app(args: ServeSettings | Mapping[str, Any]) -> serve.Application:
     split_files = {store.read_json(recipe_uri(uri))["name"]: uri for uri in settings.splits}
     for name, manifest in manifests.items():
         check_same_encoder(manifest["encoder"], fingerprint, (f"index {name}", "the service's --model"))
-        Metadata(manifest["embeddings"]["uri"])
+        columns = Metadata(manifest["embeddings"]["uri"]).columns
+        read_hidden(settings.blocklist, settings.hide, columns)
         shards[name] = bind_shards(indexes[name], manifest, split_files, settings.replicas, f"{name}-shard-")
-    read_hidden(settings.blocklist, settings.hide)
     if settings.scores:
         Coverage(settings.scores, settings.splits).check(fingerprint)
     admin = read_token(ADMIN_VARIABLE)
@@ -59,12 +59,14 @@ def build_app(args: ServeSettings | Mapping[str, Any]) -> serve.Application:
         splits=settings.splits,
         blocklist=settings.blocklist,
         hide=settings.hide,
+        origins=settings.origins,
         access_log=settings.access_log,
     )
     operator = None
     if admin:
         operator = swap.OperatorDeployment.bind(indexes, split_files, settings.replicas)  # type: ignore[attr-defined]
-    return Gateway.bind(config, bind_encoder(settings, encoder), shards, operator)  # type: ignore[attr-defined]
+    gateway = Gateway.options(num_replicas=settings.gateways)  # type: ignore[attr-defined]
+    return gateway.bind(config, bind_encoder(settings, encoder), shards, operator)
 
 
 def limits_of(settings: ServeSettings) -> Limits:

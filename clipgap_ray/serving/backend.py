@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from clipgap_ray.encoder import ImageError, Preprocess
 from clipgap_ray.kernels.vectors import normalise
@@ -26,12 +27,13 @@ from clipgap_ray.serving.contracts import AsyncEncoder, Covered, Found, Searcher
 from clipgap_ray.serving.coverage import Coverage
 from clipgap_ray.serving.filters import Filter
 from clipgap_ray.serving.inputs import Query
-from clipgap_ray.serving.messages import ApiError, IndexInfo, Readiness, SetInfo, SplitInfo
+from clipgap_ray.serving.messages import ApiError, IndexInfo, Neighbour, Readiness, SetInfo, SplitInfo
 from clipgap_ray.serving.timings import Timings
 
 CACHED_CLASS_SETS = 32
 LOOK_S = 0.02  # between looks at whether the requests of a replaced version are done
-MOST_ASKED = 64  # times k: how far a search goes for rows that are not hidden
+MOST_ASKED = 64  # times k: how far a search goes for rows that are not hidden or alike
+MOST_ROWS = 16_384  # per query, whatever k is: their descriptions are held at once
 
 
 def index_info(name: str, manifest: Mapping[str, Any]) -> IndexInfo:
@@ -118,9 +120,10 @@ class IndexBackend:
             chosen = results.Chosen(k, collapse, self.coverage, self.timings)
             neighbours = await asyncio.to_thread(results.describe, searcher.metadata, answer, chosen)
             complete = all(len(near) == k for near in neighbours) or (answer.row_ids < 0).any()
-            if complete or wanted >= MOST_ASKED * k:
+            most = max(k, min(MOST_ASKED * k, MOST_ROWS))
+            if complete or wanted >= most:
                 return Found(searcher.info, answer, neighbours)
-            wanted *= 4
+            wanted = min(4 * wanted, most)
 
     async def thumbnail(self, index: str | None, row_id: int, version: str | None = None) -> bytes:
         """Return a small JPEG of a row.
@@ -149,7 +152,11 @@ class IndexBackend:
             raise ApiError(404, "no_scores", "this service knows no scores", "start it with --scores SCORES")
         with self._using(index) as searcher:
             rows = await self._encode(searcher, queries)
-            found = await self._nearest(searcher, rows, max(k, 2))
+            found, wanted = await self._nearest(searcher, rows, max(k, 2)), max(k, 2)
+            # A sample that is there several times is nearest to itself: look further for another one.
+            while wanted < MOST_ROWS and _finds_only_itself(queries, found.neighbours, wanted):
+                wanted = min(4 * wanted, MOST_ROWS)
+                found = await self._nearest(searcher, rows, wanted)
         covered = await asyncio.to_thread(results.cover, self.coverage, queries, rows, found.neighbours, k)
         return Covered(found, covered)
 
@@ -178,6 +185,14 @@ class IndexBackend:
             self._users[id(searcher)] -= 1
             if not self._users[id(searcher)]:
                 del self._users[id(searcher)]
+
+    async def columns(self, index: str | None) -> pa.Schema:
+        """Return the columns of an index's metadata, which filters may name.
+
+        Raises:
+            ApiError: 404 for an unknown index.
+        """
+        return self._searcher(index).metadata.columns
 
     async def splits(self) -> list[SplitInfo]:
         """Return the splits that queries are judged by; none without scores."""
@@ -252,7 +267,17 @@ class IndexBackend:
         return [searcher.info for searcher in self.searchers.values()]
 
     async def ready(self) -> Readiness:
-        """Ask every shard of every index, side by side."""
-        counts = await asyncio.gather(*(searcher.shards_ok() for searcher in self.searchers.values()))
-        shards = sum(searcher.info.shards for searcher in self.searchers.values())
-        return Readiness(ready=sum(counts) == shards, shards=shards, shards_ok=sum(counts))
+        """Ask the encoder and every shard of every index, side by side."""
+        searchers = list(self.searchers.values())
+        encoder_ok, *counts = await asyncio.gather(self.encoder.answers(), *(one.shards_ok() for one in searchers))
+        shards = sum(one.info.shards for one in searchers)
+        ready = encoder_ok and sum(counts) == shards
+        return Readiness(ready=ready, shards=shards, shards_ok=sum(counts), encoder_ok=encoder_ok)
+
+
+def _finds_only_itself(queries: list[Query], found: list[list[Neighbour]], wanted: int) -> bool:
+    """Whether a search by uid found as many rows as it asked for, all of them that sample."""
+    return any(
+        query.uid is not None and len(near) >= wanted and all(one.uid == query.uid for one in near)
+        for query, near in zip(queries, found, strict=True)
+    )

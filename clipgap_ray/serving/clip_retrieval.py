@@ -11,15 +11,17 @@ import base64
 from typing import Annotated, Any, Literal
 
 import pydantic
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 
 from clipgap_ray.serving.contracts import Backend
 from clipgap_ray.serving.fetch import Fetcher
+from clipgap_ray.serving.guard import Meters
 from clipgap_ray.serving.inputs import parse_json, read_search
 from clipgap_ray.serving.messages import ApiError, Finite, IndexInfo, Limits, Neighbour, SearchRequest
 from clipgap_ray.serving.openapi import described
 
 DUPLICATE = 0.94  # cosine from which its back end takes two results for the same image
+DEGRADED = "x-clipgap-degraded"
 MOST_IMAGES = 100  # thumbnails in one answer
 
 
@@ -52,7 +54,7 @@ class MetadataRequest(pydantic.BaseModel):
 BODIES = (KnnRequest, MetadataRequest)
 
 
-def add_routes(app: FastAPI, backend: Backend, limits: Limits, fetcher: Fetcher) -> None:
+def add_routes(app: FastAPI, backend: Backend, limits: Limits, meters: Meters, fetcher: Fetcher) -> None:
     """Add /indices-list, /knn-service and /metadata to an application."""
 
     @app.get("/indices-list")
@@ -61,8 +63,11 @@ def add_routes(app: FastAPI, backend: Backend, limits: Limits, fetcher: Fetcher)
         return [info.name for info in await backend.indices()]
 
     @app.post("/knn-service", openapi_extra=described("KnnRequest"))
-    async def knn_service(request: Request) -> list[dict[str, Any]]:
-        """Nearest rows of one query; rows past `num_images` have only id and similarity."""
+    async def knn_service(request: Request, response: Response) -> list[dict[str, Any]]:
+        """Nearest rows of one query; rows past `num_images` have only id and similarity.
+
+        Where a shard did not answer, neighbours may be missing: its list has no room for that, a header says it.
+        """
         asked = parse_json(await request.body(), KnnRequest)
         info = next((info for info in await backend.indices() if info.name == asked.indice_name), None)
         if info is not None and info.modality != asked.modality:
@@ -74,6 +79,9 @@ def add_routes(app: FastAPI, backend: Backend, limits: Limits, fetcher: Fetcher)
         )  # fmt: skip
         queries = await fetcher.fill(read_search(query, limits), backend.timings)
         found = await backend.search(query.index, queries, query.k, query.collapse)
+        if found.answer.degraded:
+            meters.degraded.inc()
+            response.headers[DEGRADED] = "true"
         (near,) = found.neighbours
         return [
             await _described(backend, found.info, row, with_image=at < MOST_IMAGES)

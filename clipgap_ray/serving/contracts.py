@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from clipgap_ray.index import Answer
 from clipgap_ray.serving.filters import Filter
@@ -55,6 +56,10 @@ class Backend(Protocol):
         """Return how covered every query is; ApiError 404 when the service knows no scores."""
         ...
 
+    async def columns(self, index: str | None) -> pa.Schema:
+        """Return the columns of an index's metadata; ApiError 404 for an unknown index."""
+        ...
+
     async def splits(self) -> list[SplitInfo]:
         """Return the splits that queries are judged by."""
         ...
@@ -85,6 +90,10 @@ class AsyncEncoder(Protocol):
 
     async def encode_texts(self, texts: list[str]) -> np.ndarray:
         """Map n texts to (n, d) float32 unit rows."""
+        ...
+
+    async def answers(self) -> bool:
+        """Whether it is there."""
         ...
 
 

@@ -50,7 +50,7 @@ from clipgap_ray.uidmap import UidMap
 
 logger = logging.getLogger("clipgap")
 
-QUEUE = 256  # requests waiting per replica; more get 503
+QUEUE = Limits.requests  # under way per replica; more get 503
 SEARCH_BATCH = 64
 LATER = 4  # niceness of searches: where cores are scarce the gateway goes first, and what waits is searched together
 ENCODER_BATCH = 16
@@ -83,6 +83,7 @@ class IndexShardDeployment:
             open_shard(uri, number, manifest), EmbeddingSet.open(manifest["embeddings"]["uri"]), own
         )
         self._together = Together(self._answer, SEARCH_BATCH)
+        self._one_mask = asyncio.Lock()
         os.nice(LATER)
 
     async def search(self, call: ShardQuery) -> Neighbours | None:
@@ -91,6 +92,10 @@ class IndexShardDeployment:
         Returns:
             (nq, k) similarities and row ids; None where another version was expected.
         """
+        if call.within and call.version == self.version:
+            # Worked out before the search, in a thread of its own: a new filter holds up nobody else.
+            async with self._one_mask:
+                await asyncio.to_thread(self.shard.mask, call.within)
         return await self._together.ask(call)
 
     def _answer(self, calls: list[ShardQuery]) -> list[Neighbours | None]:
@@ -140,6 +145,10 @@ class EncoderDeployment:
         rows = await asyncio.to_thread(self.encoder.encode_texts, [text for own in texts for text in own])
         return _split(rows, [len(own) for own in texts])
 
+    async def describe(self) -> dict[str, Any]:
+        """Return the process id, for readiness."""
+        return {"pid": os.getpid()}
+
 
 def _split(rows: np.ndarray, counts: list[int]) -> list[np.ndarray]:
     return np.split(rows, np.cumsum(counts)[:-1])
@@ -160,6 +169,7 @@ class GatewayConfig:
         splits: Splits of its pool.
         blocklist: Takedown list, or "".
         hide: Rules over the metadata whose rows are never shown.
+        origins: Web pages of which origins may ask.
         access_log: Write a line per request.
     """
 
@@ -173,13 +183,15 @@ class GatewayConfig:
     splits: tuple[str, ...] = ()
     blocklist: str = ""
     hide: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
     access_log: bool = False
 
 
 @serve.deployment(
     ray_actor_options={"num_cpus": 0.1},
-    max_ongoing_requests=QUEUE,
+    max_ongoing_requests=2 * QUEUE,  # `Guard` refuses from QUEUE on, in JSON
     max_queued_requests=QUEUE,
+    backpressure_config={"retry_after_s": 1},  # where so many come at once that `Guard` is not reached
     max_surge_percent=SURGE,
     graceful_shutdown_timeout_s=20,  # what is under way ends; an idle replica stops at once
 )
@@ -195,7 +207,8 @@ class Gateway:
         operator: DeploymentHandle | None = None,
     ) -> None:
         self.config, self.operator = config, operator
-        self.hidden = read_hidden(config.blocklist, config.hide)
+        self._listed = store.version_of(config.blocklist) if config.blocklist else ""
+        self.hidden = read_hidden(config.blocklist)
         searchers = {name: self._searcher(name, uri, shards[name]) for name, uri in config.indexes.items()}
         coverage = Coverage(config.scores, config.splits) if config.scores else None
         self.backend = IndexBackend(searchers, RemoteEncoder(encoder), check(config.encoder), coverage)
@@ -204,8 +217,10 @@ class Gateway:
 
     def _searcher(self, name: str, uri: str, handles: Sequence[DeploymentHandle]) -> RemoteSearcher:
         manifest = rundir.read_manifest(uri, "index")
-        uids = UidMap.of_index(uri, manifest)
-        metadata = Metadata(manifest["embeddings"]["uri"], manifest["modality"], hidden=self.hidden, uids=uids)
+        rows = manifest["embeddings"]["uri"]
+        rules = read_hidden("", self.config.hide, EmbeddingSet.open(rows).metadata_columns()).rules
+        hidden = replace(self.hidden, rules=rules)
+        metadata = Metadata(rows, manifest["modality"], hidden=hidden, uids=UidMap.of_index(uri, manifest))
         return RemoteSearcher(index_info(name, manifest), list(handles), metadata, self.config.shard_timeout_s)
 
     async def adopt(self, name: str, application: str, timeout_s: float = 60.0) -> bool:
@@ -234,14 +249,31 @@ class Gateway:
     async def check_health(self) -> None:
         """Catch up with swaps: Serve calls this before a replica's first request and every few seconds.
 
-        A replica that starts, or starts again, knows the versions of its deployment only.
+        A replica that starts, or starts again, knows the versions of its deployment only. The takedown list is read
+        again when it has changed.
         """
+        await asyncio.to_thread(self._read_list_again)
         try:
             for name, application in (await asyncio.to_thread(swap.newest_versions)).items():
                 if name in self.config.indexes:
                     await self.adopt(name, application, timeout_s=0.0)
         except (RayError, RayServeException, ClipgapError) as error:
             logger.warning("gateway: versions cannot be looked up: %s", error)  # what it serves, it serves on
+
+    def _read_list_again(self) -> None:
+        if not self.config.blocklist:
+            return
+        try:
+            listed = store.version_of(self.config.blocklist)
+            if listed == self._listed:
+                return
+            self.hidden, self._listed = read_hidden(self.config.blocklist), listed
+        except ClipgapError as error:
+            logger.error("gateway: the takedown list of before holds on, the new one cannot be read: %s", error)
+            return
+        for searcher in self.backend.searchers.values():
+            searcher.metadata.hidden = replace(searcher.metadata.hidden, blocklist=self.hidden.blocklist)
+        logger.warning("gateway: the takedown list has changed and holds from now on")
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's hook: called after the constructor
         """Build the routes over this replica's backend."""
@@ -250,7 +282,8 @@ class Gateway:
         admin = None
         if self.operator is not None and self.config.admin_hash is not None:
             admin = Admin(self.config.admin_hash, swap.RemoteOperator(self.operator))
-        return make_api(self.backend, self.config.limits, self.config.token_hash, admin=admin)
+        limits, token_hash, origins = self.config.limits, self.config.token_hash, self.config.origins
+        return make_api(self.backend, limits, token_hash, admin=admin, origins=origins)
 
 
 def bind_encoder(settings: ServeSettings, encoder: EncoderSettings) -> Any:

@@ -38,7 +38,7 @@ class Condition:
     """
 
     column: str = ""
-    any_of: tuple[str | float, ...] = ()
+    any_of: tuple[str | int | float, ...] = ()
     at_least: float | None = None
     at_most: float | None = None
     split: str = ""
@@ -47,20 +47,23 @@ class Condition:
 Filter = tuple[Condition, ...]
 
 
-def read_filter(conditions: Sequence[ConditionFields], splits: Sequence[str]) -> Filter:
+def read_filter(
+    conditions: Sequence[ConditionFields], splits: Sequence[str], columns: pa.Schema = schema.METADATA
+) -> Filter:
     """Check the conditions of a request.
 
     Args:
         conditions: As they came.
         splits: Names of the splits that the service knows.
+        columns: Of the index's metadata: a pool may have more than `embed` writes.
 
     Raises:
         ApiError: 400, naming the condition, what is wrong and what was expected.
     """
-    return tuple(_read(condition, splits) for condition in conditions)
+    return tuple(_read(condition, splits, columns) for condition in conditions)
 
 
-def _read(given: ConditionFields, splits: Sequence[str]) -> Condition:
+def _read(given: ConditionFields, splits: Sequence[str], columns: pa.Schema) -> Condition:
     if (given.column is None) == (given.split is None):
         raise ApiError(400, "invalid_filter", "a condition names a column or a split, one of the two")
     tests = (given.equals, given.any_of, given.at_least, given.at_most)
@@ -71,10 +74,11 @@ def _read(given: ConditionFields, splits: Sequence[str]) -> Condition:
         if any(test is not None for test in tests):
             raise ApiError(400, "invalid_filter", "a condition on a split has no value: it is kept or not")
         return Condition(split=given.split)
-    if given.column not in schema.METADATA.names:
-        raise ApiError(400, "invalid_filter", "no such column", f"columns: {', '.join(schema.METADATA.names)}")
+    names = [column.name for column in columns if _is_text(column.type) or _is_number(column.type)]
+    if given.column is None or given.column not in names:
+        raise ApiError(400, "invalid_filter", "no such column", f"columns: {', '.join(names)}")
     values = [*(given.any_of or []), *([] if given.equals is None else [given.equals])]
-    is_text = pa.types.is_string(schema.METADATA.field(given.column).type)
+    is_text = _is_text(columns.field(given.column).type)
     if all(test is None for test in tests):
         raise ApiError(400, "invalid_filter", f"{given.column}: expected equals, any_of, at_least or at_most")
     if any(isinstance(value, str) != is_text for value in values):
@@ -82,6 +86,14 @@ def _read(given: ConditionFields, splits: Sequence[str]) -> Condition:
     if is_text and (given.at_least is not None or given.at_most is not None):
         raise ApiError(400, "invalid_filter", f"{given.column} holds texts: use equals or any_of")
     return Condition(given.column or "", tuple(values), given.at_least, given.at_most)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
 @dataclass
@@ -139,11 +151,19 @@ class FilteredShard:
         column = table.column(condition.column)
         fulfilled = pc.is_valid(column)
         if condition.any_of:
-            values = pa.array(condition.any_of)
-            comparable = column if pa.types.is_string(column.type) else pc.cast(column, pa.float64())
-            fulfilled = pc.and_(fulfilled, pc.is_in(comparable, values.cast(comparable.type)))
+            comparable = pc.cast(column, pa.float64()) if pa.types.is_floating(column.type) else column
+            fulfilled = pc.and_(fulfilled, pc.is_in(comparable, _values(condition.any_of, comparable.type)))
         for bound, compare in ((condition.at_least, pc.greater_equal), (condition.at_most, pc.less_equal)):
             if bound is not None:
                 holds = compare(pc.cast(column, pa.float64(), safe=False), pa.scalar(bound, pa.float64()))
                 fulfilled = pc.and_(fulfilled, pc.fill_null(holds, False))
         return np.asarray(fulfilled.combine_chunks() if isinstance(fulfilled, pa.ChunkedArray) else fulfilled, bool)
+
+
+def _values(asked: Sequence[str | int | float], kind: pa.DataType) -> pa.Array:
+    """The values that a column can hold; 0.5, or what is too large, equals no integer of it."""
+    if not pa.types.is_integer(kind):
+        return pa.array(asked, kind)
+    bounds = np.iinfo(kind.to_pandas_dtype())
+    whole = [int(value) for value in asked if isinstance(value, int) or float(value).is_integer()]
+    return pa.array([value for value in whole if bounds.min <= value <= bounds.max], kind)

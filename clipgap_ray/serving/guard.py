@@ -1,10 +1,11 @@
-"""The gate before every route: bearer token, body size, metrics, a line in the log.
+"""The gate before every route: bearer token, queue, deadline, body size, metrics, a line in the log.
 
 Plain ASGI, so that nothing is parsed before it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -20,7 +21,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clipgap_ray.serving.admin import PREFIX as ADMIN_PREFIX
-from clipgap_ray.serving.messages import ApiError
+from clipgap_ray.serving.messages import ApiError, Limits
 
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
 OPEN_PREFIX = "/page/"  # the static files of the search page: what it shows needs the token
@@ -92,15 +93,16 @@ class Guard:
 
     Args:
         app: What it guards.
-        body_bytes: Largest body.
+        limits: Largest body, most requests at once, longest wait.
         keys: Who may come in.
         meters: Where requests are counted.
         routes: Known paths, the labels of the metrics.
     """
 
-    def __init__(self, app: ASGIApp, body_bytes: int, keys: Keys, meters: Meters, routes: frozenset[str]) -> None:
-        self.app, self.body_bytes, self.keys = app, body_bytes, keys
+    def __init__(self, app: ASGIApp, limits: Limits, keys: Keys, meters: Meters, routes: frozenset[str]) -> None:
+        self.app, self.limits, self.keys = app, limits, keys
         self.meters, self.routes = meters, routes
+        self._under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse, or count and pass on."""
@@ -108,24 +110,24 @@ class Guard:
             await self.app(scope, receive, send)
             return
         started = time.monotonic()
-        status = 500
+        status, begun = 500, False
         request_id = scope["request_id"] = _request_id(scope)
 
         async def watched(message: Message) -> None:
-            nonlocal status
+            nonlocal status, begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, begun = message["status"], True
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
             await send(message)
 
         try:
             self._authorise(scope)
-            body = await self._body(scope, receive)
+            await self._answer(scope, receive, watched)
         except ApiError as error:
-            headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
+            if begun:  # too late for another answer: the connection ends
+                raise
+            headers = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}.get(error.status)
             await JSONResponse(error.as_dict(), error.status, headers)(scope, receive, watched)
-        else:
-            await self.app(scope, _replay(body, receive), watched)
         finally:
             route, seconds = self._label(scope["path"]), time.monotonic() - started
             self.meters.requests.labels(route, str(status)).inc()
@@ -133,6 +135,20 @@ class Guard:
             # What was asked, and by whom, is nobody's business.
             line = {"request_id": request_id, "method": scope["method"], "route": route, "status": status}
             access.info(json.dumps({**line, "ms": round(1e3 * seconds, 1)}))
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand a request on, unless too many are under way, and no longer than the deadline."""
+        if self._under_way >= self.limits.requests and scope["path"] not in OPEN_PATHS:
+            raise ApiError(503, "busy", f"{self.limits.requests} requests are under way", "try again in a second")
+        self._under_way += 1
+        try:
+            async with asyncio.timeout(self.limits.request_s):
+                body = await self._body(scope, receive)
+                await self.app(scope, _replay(body, receive), send)
+        except TimeoutError:
+            raise ApiError(503, "timeout", f"no answer within {self.limits.request_s:g} s", "ask for less") from None
+        finally:
+            self._under_way -= 1
 
     def _label(self, path: str) -> str:
         if path in self.routes:
@@ -146,8 +162,8 @@ class Guard:
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """Read the whole body: it is parsed as a whole anyway, and never more than the limit is held."""
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        too_large = ApiError(413, "body_too_large", f"the body is larger than {self.body_bytes} bytes")
-        if declared.isdigit() and int(declared[:20]) > self.body_bytes:
+        too_large = ApiError(413, "body_too_large", f"the body is larger than {self.limits.body_bytes} bytes")
+        if declared.isdigit() and int(declared[:20]) > self.limits.body_bytes:
             raise too_large
         chunks: list[bytes] = []
         size = 0
@@ -157,7 +173,7 @@ class Guard:
                 return b"".join(chunks)
             chunks.append(message.get("body", b""))
             size += len(chunks[-1])
-            if size > self.body_bytes:
+            if size > self.limits.body_bytes:
                 raise too_large
             if not message.get("more_body", False):
                 return b"".join(chunks)

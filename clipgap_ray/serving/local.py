@@ -35,6 +35,10 @@ class LocalEncoder:
         async with self._one:
             return await asyncio.to_thread(self.encoder.encode_texts, texts)
 
+    async def answers(self) -> bool:
+        """Return True: it lives as long as this process."""
+        return True
+
 
 class LocalSearcher:
     """An index of this process."""

@@ -46,6 +46,8 @@ class Limits:
         prompts: Most classes x templates.
         image_url: Whether images may be given by their address on the internet.
         image_url_s: Most seconds to wait for all images of a request.
+        requests: Most requests under way in a gateway; more get 503.
+        request_s: Longest that a request may take, its body included.
     """
 
     k: int = 1000
@@ -58,6 +60,8 @@ class Limits:
     prompts: int = 10_000
     image_url: bool = False
     image_url_s: float = 5.0
+    requests: int = 256
+    request_s: float = 50.0
 
 
 class Strict(pydantic.BaseModel):
@@ -86,9 +90,9 @@ class ConditionFields(Strict):
 
     column: str | None = None
     """Of the metadata: caption, width, clip_score, label, group, ..."""
-    equals: str | Finite | None = None
+    equals: str | int | Finite | None = None
     """This value."""
-    any_of: list[str | Finite] | None = pydantic.Field(default=None, min_length=1, max_length=1000)
+    any_of: list[str | int | Finite] | None = pydantic.Field(default=None, min_length=1, max_length=1000)
     """One of these values."""
     at_least: Finite | None = None
     """Not less than this."""
@@ -117,7 +121,14 @@ class SearchRequest(QueryFields):
     @pydantic.field_validator("filter", mode="before")
     @classmethod
     def _json_in_a_form(cls, value: Any) -> Any:
-        return json.loads(value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        try:
+            read = json.loads(value)
+            json.dumps(read, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        return read
 
 
 class ZeroShotRequest(Strict):
@@ -304,6 +315,7 @@ class Readiness(pydantic.BaseModel):
     ready: bool
     shards: int
     shards_ok: int
+    encoder_ok: bool
 
 
 class ErrorBody(pydantic.BaseModel):

@@ -33,6 +33,9 @@ class Metadata:
         cache_bytes: Memory for tables; one group is always kept.
         hidden: Rows that no answer may show.
         uids: Where uids lie; None (an index of an earlier version) reads the uids of one part after another.
+
+    Attributes:
+        columns: What filters may name.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Metadata:
         self.uids = uids
         self.hidden = hidden or Hidden()
         self._columns = list(dict.fromkeys([*COLUMNS, *PLACE, *self.hidden.columns]))
+        self.columns = self.rows.metadata_columns()
         self.modality = modality
         self.cache_bytes = cache_bytes
         self._num_rows = {part.number: part.num_rows for part in self.rows.parts}
@@ -101,11 +105,12 @@ class Metadata:
         return self.rows.image_bytes(part, row)
 
     def vector(self, uid: str) -> np.ndarray | None:
-        """Return the (d,) float32 row of a uid, or None where there is none (also: a text index, and no caption)."""
+        """Return the (d,) float32 row of a uid, or None: none, none to show, or (text index) no caption."""
         row_id = self.uids.row_id(uid) if self.uids is not None else self._scan(uid)
-        if row_id is None:
+        wanted = np.array([] if row_id is None else [row_id], np.int64)
+        if row_id is None or (self.hidden and not self.lookup(wanted)[0]):
             return None
-        row: np.ndarray = self.vectors(np.array([row_id], np.int64))[0]
+        row: np.ndarray = self.vectors(wanted)[0]
         return row if row.any() else None
 
     def _scan(self, uid: str) -> int | None:

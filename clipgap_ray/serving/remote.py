@@ -25,6 +25,7 @@ from clipgap_ray.serving.messages import ApiError, IndexInfo
 from clipgap_ray.serving.metadata import Metadata
 
 PROBE_S = 2.0
+ENCODE_S = 30.0  # for the largest batch of texts on a busy CPU; Serve itself gives up after 60
 ASKS = 3  # of a question whose replica dies
 AGAIN_S = 0.05  # until Serve's router has heard of it
 
@@ -60,12 +61,17 @@ class RemoteEncoder:
         """Map n texts to (n, d) float32 unit rows."""
         return await _encoded(partial(self.handle.encode_texts.remote, texts))
 
+    async def answers(self) -> bool:
+        """Whether a replica is there."""
+        return await _within(self.handle.describe.remote, PROBE_S) is not None
+
 
 async def _encoded(ask: Callable[[], Awaitable[Any]]) -> np.ndarray:
     try:
-        rows: np.ndarray = await _patiently(ask)
+        async with asyncio.timeout(ENCODE_S):
+            rows: np.ndarray = await _patiently(ask)
         return rows
-    except LOST:
+    except (*LOST, TimeoutError):
         raise ApiError(503, "encoder_lost", "the encoder did not answer", "try again in seconds") from None
 
 

@@ -17,6 +17,7 @@ from clipgap_ray.serving.metadata import Metadata
 from clipgap_ray.serving.timings import Timings
 
 THUMBNAIL_PX = 256
+BLOCK = 256  # rows compared at once where near duplicates are collapsed
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def describe(metadata: Metadata, answer: Answer, chosen: Chosen) -> list[list[Ne
     ]
     if chosen.collapse is not None:
         with chosen.timings.time("dedup_time"):
-            found = [_collapsed(metadata, near, chosen.collapse) for near in found]
+            found = [_collapsed(metadata, near, chosen.collapse, chosen.k) for near in found]
     found = [near[: chosen.k] for near in found]
     if coverage is not None and coverage.splits:
         near = [neighbour for row in found for neighbour in row if neighbour.uid]
@@ -59,15 +60,26 @@ def describe(metadata: Metadata, answer: Answer, chosen: Chosen) -> list[list[Ne
     return found
 
 
-def _collapsed(metadata: Metadata, near: list[Neighbour], collapse: float) -> list[Neighbour]:
-    """Keep, nearest first, what is less alike than `collapse` to everything kept before."""
-    rows = metadata.vectors(np.array([row.row_id for row in near], np.int64))
-    alike = rows @ rows.T >= collapse
-    kept: list[int] = []
-    for at in range(len(near)):
-        if not alike[at, kept].any():
-            kept.append(at)
-    return [near[at] for at in kept]
+def _collapsed(metadata: Metadata, near: list[Neighbour], collapse: float, most: int) -> list[Neighbour]:
+    """Keep, nearest first, up to `most` that are less alike than `collapse` to everything kept before.
+
+    A block of rows at a time is compared with the rows kept and with itself: no (n, n) similarities.
+    """
+    kept: list[Neighbour] = []
+    kept_rows = np.zeros((0, metadata.rows.dim), np.float32)
+    for start in range(0, len(near), BLOCK):
+        block = near[start : start + BLOCK]
+        rows = metadata.vectors(np.array([row.row_id for row in block], np.int64))
+        among = rows @ rows.T >= collapse
+        fresh: list[int] = []
+        for at in np.flatnonzero(~(rows @ kept_rows.T >= collapse).any(axis=1)):
+            if len(kept) + len(fresh) < most and not among[at, fresh].any():
+                fresh.append(int(at))
+        kept += [block[at] for at in fresh]
+        kept_rows = np.concatenate([kept_rows, rows[fresh]])
+        if len(kept) == most:
+            break
+    return kept
 
 
 def thumbnail(metadata: Metadata, row_id: int) -> bytes:

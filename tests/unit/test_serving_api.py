@@ -149,7 +149,7 @@ def test_service_routes(client: TestClient) -> None:
     (info,) = client.get("/v1/indices").json()["indices"]
     assert (info["name"], info["rows"], info["dim"], info["model"]) == ("pool", 34, DIM, "projection")
     assert client.get("/healthz").json() == {"status": "ok"}
-    assert client.get("/readyz").json() == {"ready": True, "shards": 2, "shards_ok": 2}
+    assert client.get("/readyz").json() == {"ready": True, "shards": 2, "shards_ok": 2, "encoder_ok": True}
     assert "/docs" in client.get("/").text
     assert client.get("/docs").status_code == 200
 
