@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from clipgap_ray.errors import ClipgapError, ConfigError
+from clipgap_ray.errors import ClipgapError, ConfigError, StoppedError
 from clipgap_ray.stages import limits
 from clipgap_ray.stages.autoscaler import launchable
 
@@ -192,8 +192,8 @@ def shortage(needs: dict[str, float], count: int = 1) -> str:
         count: Workers that start together or not at all.
     """
     if 0 < (room := slots(needs)) < count:
-        coming = "the autoscaler may launch more" if slots_to_come(needs) >= count else "add nodes to the cluster"
-        return f"{count} workers want {amounts(needs)} each, the nodes have room for {room}; {coming}"
+        more = "the autoscaler may launch more" if slots_to_come(needs) >= count else "add nodes to the cluster"
+        return f"{count} workers want {amounts(needs)} each, the nodes have room for {room}; {more}"
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     free = ray.available_resources()
     said = []
@@ -227,18 +227,35 @@ def waiting(needs: dict[str, float], count: int = 1) -> Iterator[Callable[[], No
 
     Yields:
         What to call at the first result: from then on nothing is said.
+
+    Raises:
+        StoppedError: In the main thread, if the command reaches a limit while no node could run a worker. Where one
+            could, parts may be at work, and they are committed before the command stops.
     """
     came = threading.Event()
+    stopped: list[StoppedError] = []
+    in_main = threading.current_thread() is threading.main_thread()
 
     def watch() -> None:
         started = time.monotonic()
         while not came.wait(SAY_SHORTAGE_S):
             logger.info("nothing yet after %.0f s: %s", time.monotonic() - started, shortage(needs, count))
+            if in_main and not slots(needs):
+                try:
+                    limits.check()
+                except StoppedError as error:
+                    stopped.append(error)
+                    os.kill(os.getpid(), signal.SIGINT)  # the main thread waits in Ray, which answers to this only
+                    return
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield came.set
+    except KeyboardInterrupt:
+        if stopped:
+            raise stopped[0] from None
+        raise
     finally:
         came.set()
         watcher.join()

@@ -25,7 +25,7 @@ from clipgap_ray import rundir, store
 from clipgap_ray.config.train import TrainSettings
 from clipgap_ray.encoder import EncoderSettings, check, register_models
 from clipgap_ray.errors import ClipgapError, ConfigError, DataError, StoppedError
-from clipgap_ray.stages import train_report
+from clipgap_ray.stages import limits, train_report
 from clipgap_ray.stages.autoscaler import launchable
 from clipgap_ray.stages.session import Progress, amounts, cluster_cpus, connect, resolve_device, slots_to_come, waiting
 from clipgap_ray.stages.train_data import DECODER_CPUS, Plan
@@ -227,18 +227,21 @@ def _follow(
         while True:
             ended = done.wait(1.0)
             rows = ray.get(monitor.since.remote(count))
-            if rows:
-                came()
-                count += len(rows)
-                last = rows[-1]
-                progress.note = f"loss {last['loss']:.3f}, lr {last['lr']:.1e}, wait {last['data_wait_share']:.0%}"
-                steps = last["step"] - progress.done
-                try:
+            try:
+                if rows:
+                    came()
+                    count += len(rows)
+                    last = rows[-1]
+                    progress.note = f"loss {last['loss']:.3f}, lr {last['lr']:.1e}, wait {last['data_wait_share']:.0%}"
+                    steps = last["step"] - progress.done
                     progress.advance(steps, rows=steps * plan.global_batch)
-                except StoppedError as error:
-                    if not stopped and not ended:
-                        stopped.append(error)
-                        os.kill(os.getpid(), signal.SIGINT)
+                else:
+                    limits.check()
+            except StoppedError as error:
+                if not stopped and not ended:
+                    stopped.append(error)
+                    os.kill(os.getpid(), signal.SIGINT)
+            if rows:
                 for reporter in reporters:
                     reporter.add(rows)
             if ended:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from clipgap_ray import cli
 from clipgap_ray.config.embed import EmbedSettings
 from clipgap_ray.config.limits import LimitsSettings, PricesFile
 from clipgap_ray.errors import ConfigError, StoppedError
-from clipgap_ray.stages import limits, session
+from clipgap_ray.kernels.order import SampleOrder
+from clipgap_ray.stages import limits, session, train
+from clipgap_ray.stages.train_data import Plan
 
 PRICES = "per_hour: {CPU: 0.5, GPU: 2.0}\ncurrency: EUR\n"
 
@@ -56,6 +64,55 @@ def test_costs_follow_the_nodes(clock: SimpleNamespace, tmp_path: Path, monkeypa
     clock.hours = 3.5
     with pytest.raises(StoppedError, match=r"stopped after 11.50 EUR in 3.50 hours, --max-cost is 10"):
         limits.check()
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A pretended cluster's nodes, none at first, and a wait that speaks at once."""
+    there: list[dict[str, Any]] = []
+    monkeypatch.setattr(session.ray, "nodes", lambda: there)
+    monkeypatch.setattr(session.ray, "available_resources", dict)
+    monkeypatch.setattr(session, "launchable", lambda resource: 8)
+    monkeypatch.setattr(session, "SAY_SHORTAGE_S", 0.01)
+    return there
+
+
+def test_a_wait_for_nodes_that_do_not_come_ends_at_the_limit(nodes: list[dict[str, Any]]) -> None:
+    limits.start(LimitsSettings(max_hours=1e-9))
+    with pytest.raises(StoppedError, match="--max-hours is 1e-09"), session.waiting({"CPU": 1.0}):
+        time.sleep(60)
+
+
+def test_a_wait_for_others_work_or_for_a_result_goes_on(nodes: list[dict[str, Any]]) -> None:
+    nodes.append({"Alive": True, "Resources": {"CPU": 1.0}})
+    limits.start(LimitsSettings(max_hours=1e-9))
+    with session.waiting({"CPU": 1.0}):
+        time.sleep(0.2)
+
+
+def test_ctrl_c_in_a_wait_stays_what_it_is(nodes: list[dict[str, Any]]) -> None:
+    with pytest.raises(KeyboardInterrupt), session.waiting({"CPU": 1.0}):
+        raise KeyboardInterrupt
+
+
+def test_training_looks_before_its_first_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    done, stopped, signals = threading.Event(), [], []
+    monkeypatch.setattr(train.ray, "get", lambda rows: rows)
+    monkeypatch.setattr(train.train_report, "open_reporters", lambda *_: contextlib.nullcontext([]))
+
+    def end(*words: int) -> None:
+        signals.append(words)
+        done.set()
+
+    monkeypatch.setattr(train.os, "kill", end)
+    monitor = SimpleNamespace(since=SimpleNamespace(remote=lambda count: []))
+    plan = Plan([], SampleOrder(np.array([8]), 0, 8), (), {}, 1, 32, 8)
+    limits.start(LimitsSettings(max_hours=1e-9))
+    follower = threading.Thread(target=train._follow, args=(monitor, plan, "out", done, {"CPU": 0.9}, 2, stopped))
+    follower.start()
+    follower.join(60)
+    assert [str(error).split(",")[0] for error in stopped] == ["stopped after 0.00 hours"]
+    assert signals == [(os.getpid(), signal.SIGINT)]
 
 
 def test_without_a_cluster_this_machine_costs(monkeypatch: pytest.MonkeyPatch) -> None:
