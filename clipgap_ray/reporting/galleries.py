@@ -185,7 +185,8 @@ def _kept_tile(pictures: Thumbnails, gaps: pa.Table, row: int) -> Tile:
 def ladder(study: Study, pictures: Thumbnails, test: str) -> Strip | None:
     """Return one test image and pool images at falling similarity: what does a value look like? (figure 2)
 
-    The rungs divide the range from the nearest to the median pool row evenly.
+    The rungs divide the range from the nearest to the median pool row evenly. Rows that dedup removed are no rungs. In
+    a large pool only the first rows are looked at; the nearest, known from the scores, stand among them all the same.
     """
     queries, pool, own = study.queries(test), study.embeddings("pool"), study.embeddings(test)
     if queries is None or pool is None or own is None:
@@ -193,9 +194,14 @@ def ladder(study: Study, pictures: Thumbnails, test: str) -> Strip | None:
     row = int(choose(queries, 2)[0])
     part, position = (int(v[0]) for v in schema.split_row_ids(queries.row_ids[[row]]))
     query = np.asarray(own.images(part)[position], np.float32)
-    similarities, row_ids = _scan(pool, query)
+    similarities, row_ids = _scan(study, pool, query)
+    median = np.median(similarities)
+    known = np.array(queries.neighbour_ids[row], np.int64)
+    similarities = np.concatenate([queries.neighbour_similarities[row], similarities])
+    row_ids, first = np.unique(np.concatenate([known, row_ids]), return_index=True)
+    similarities = similarities[first]
     order = np.argsort(-similarities, kind="stable")
-    levels = np.linspace(similarities[order[0]], np.median(similarities), LADDER_RUNGS)
+    levels = np.linspace(similarities[order[0]], median, LADDER_RUNGS)
     at = np.searchsorted(-similarities[order], -levels).clip(max=len(order) - 1)
     tiles = [tile("test image", pictures.by_row_id(test, int(queries.row_ids[row])), None)]
     for rung in dict.fromkeys(order[at]):
@@ -203,13 +209,15 @@ def ladder(study: Study, pictures: Thumbnails, test: str) -> Strip | None:
     return Strip(queries.uids[row], tiles)
 
 
-def _scan(pool: EmbeddingSet, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Similarities of one query to the first LADDER_ROWS pool rows, and their row ids."""
+def _scan(study: Study, pool: EmbeddingSet, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Similarities of one query to the kept ones of the first LADDER_ROWS pool rows, and their row ids."""
     similarities, row_ids, seen = [], [], 0
     for part in pool.parts:
         if seen >= LADDER_ROWS:
             break
-        similarities.append(np.asarray(pool.images(part.number), np.float32) @ query)
-        row_ids.append(schema.row_ids(part.number, part.num_rows))
+        own = schema.row_ids(part.number, part.num_rows)
+        kept = ~np.isin(own, study.dropped_rows(part.number))
+        similarities.append((np.asarray(pool.images(part.number), np.float32) @ query)[kept])
+        row_ids.append(own[kept])
         seen += part.num_rows
     return np.concatenate(similarities), np.concatenate(row_ids)

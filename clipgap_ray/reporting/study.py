@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from clipgap_ray import store
 from clipgap_ray.embeddings import EmbeddingSet
@@ -241,6 +242,13 @@ class Study:
         """Read what was planted; None for real data."""
         return self._table("world", "truth.parquet")
 
+    def dropped_rows(self, part: int) -> np.ndarray:
+        """Read (k,) int64 row ids of a part of the pool that dedup removed."""
+        table = self._table("dedup", "keep", f"part-{part:05d}.parquet")
+        if table is None:
+            return np.zeros(0, np.int64)
+        return table.filter(pc.invert(table["keep"]))["row_id"].to_numpy()
+
     def keep_table(self, columns: list[str]) -> pa.Table | None:
         """Read the dedup decisions of all parts."""
         folder = self.path("dedup", "keep")
@@ -296,6 +304,26 @@ def predictions_of(table: pa.Table) -> Predictions:
         [group or "" for group in table.column("group").to_pylist()],
         [name or "" for name in table.column("class_name").to_pylist()],
     )
+
+
+def aligned(found: list[Predictions]) -> tuple[Predictions, np.ndarray]:
+    """Put several models' predictions of one test set on the images that all of them have.
+
+    Args:
+        found: Of r models, at least one; those that share their uids (or have none) are taken as they are.
+
+    Returns:
+        The first's predictions on the n shared images, and (r, n) bool outcomes of all in that order; n may be 0.
+    """
+    first = found[0]
+    if all(p.uids == first.uids for p in found):
+        return first, np.stack([p.correct for p in found])
+    at = np.stack([positions(first.uids, p.uids) for p in found])
+    shared = (at >= 0).all(axis=0)
+    kept = np.nonzero(shared)[0].tolist()
+    uids, groups, classes = ([values[i] for i in kept] for values in (first.uids, first.groups, first.classes))
+    outcomes = np.stack([p.correct[own[shared]] for p, own in zip(found, at, strict=True)])
+    return Predictions(uids, outcomes[0], groups, classes), outcomes
 
 
 def positions(uids: list[str], among: list[str]) -> np.ndarray:

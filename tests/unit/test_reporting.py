@@ -135,6 +135,28 @@ def test_predictions_in_another_order_are_joined_by_uid(built, tmp_path) -> None
     assert after["drop_se_images_pp"] == pytest.approx(before["drop_se_images_pp"])
 
 
+def test_seeds_with_different_photos_are_compared_on_those_that_all_have(built, study, tmp_path) -> None:
+    shutil.copytree(built.root, tmp_path / "s")
+    path = tmp_path / "s" / "eval" / "gap-sketch-s1" / "counteranimal.parquet"
+    kept = np.arange(79, 4, -1)
+    store.write_table(str(path), pq.read_table(path).take(kept.tolist()))
+    right = [study.predictions(f"gap-sketch-s{s}", "counteranimal").correct[5:] for s in (0, 1)]
+    other = Study.open(str(tmp_path / "s"))
+    record = tables.lookup(tables.accuracy(other), split="gap-sketch", test="counteranimal")
+    assert record["num_images"] == 75
+    assert record["accuracy"] == pytest.approx(np.mean(right))
+    group = next(r for r in tables.group_shift(other, 20, 0) if r["arm"] == "gap-sketch")
+    assert sum(group["num_images"].values()) == 75
+    groups = np.array(built.tests["counteranimal"].groups)[5:]
+    expected = np.mean(right, axis=0)[groups == "common"].mean()
+    assert group["unbalanced"]["common"] == pytest.approx(expected)
+    table = pq.read_table(path)
+    uids = pa.array([f"x{i}" for i in range(table.num_rows)])
+    store.write_table(str(path), table.set_column(table.column_names.index("uid"), "uid", uids))
+    with pytest.raises(DataError, match="share no image of counteranimal"):
+        tables.accuracy(Study.open(str(tmp_path / "s")))
+
+
 def test_bins_hold_every_image_once_and_their_mean_is_the_accuracy(study) -> None:
     bins = similarity.accuracy_by_similarity(study, 0.05)
     records = tables.accuracy(study)
@@ -276,6 +298,28 @@ def test_ladder_falls(study) -> None:
     ]
     assert len(rungs) >= 5
     assert rungs == sorted(rungs, reverse=True)
+
+
+def test_ladder_starts_at_the_nearest_row_of_the_pool_and_shows_no_dropped_one(built, study, monkeypatch) -> None:
+    class Rows(galleries.Thumbnails):
+        def by_row_id(self, name: str, row_id: int) -> tuple[str, str, str]:
+            return "", str(row_id) if name == "pool" else "", "not read"
+
+    pictures = Rows(study.embeddings)
+    monkeypatch.setattr(galleries, "LADDER_ROWS", 1)  # the first of three parts
+    for test in study.tests:
+        queries = study.queries(test)
+        for row in range(20):
+            monkeypatch.setattr(galleries, "choose", lambda *_, row=row: np.array([row]))
+            rungs = galleries.ladder(study, pictures, test).tiles[1:]
+            assert rungs[0].similarity == pytest.approx(built.similarity[test][row].max(), abs=1e-6)
+            assert int(rungs[0].caption) in queries.neighbour_ids[row]
+            assert len({rung.caption for rung in rungs}) == len(rungs)
+    assert study.dropped_rows(0).tolist() == [1, 2]
+    monkeypatch.setattr(galleries, "LADDER_RUNGS", 400)
+    monkeypatch.setattr(galleries, "choose", lambda *_: np.array([0]))
+    shown = {int(rung.caption) for rung in galleries.ladder(study, pictures, "sketch").tiles[1:]}
+    assert not {1, 2} & shown - set(study.queries("sketch").neighbour_ids[0])
 
 
 def test_blocked_images_are_never_shown(built, study, tmp_path) -> None:
