@@ -1,9 +1,9 @@
 """`--max-hours` and `--max-cost`: a run stops after a commit, and the same command continues.
 
 The clock starts with the command. Costs are those of the cluster's nodes, whoever uses them: resources of the living
-nodes times their price, added up from look to look. Stages look when they show progress, which is after each commit;
-nothing is interrupted in the middle, so a limit is overshot by at most one part (training: it goes back to its last
-checkpoint).
+nodes times their price, added up from look to look. Stages look when they show progress, which is after each commit,
+and while no node could run their work (`session.waiting`); nothing is interrupted in the middle, so a limit is overshot
+by at most one part (training looks all the time: it goes back to its last checkpoint).
 """
 
 from __future__ import annotations

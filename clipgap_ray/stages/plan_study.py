@@ -8,6 +8,7 @@ are taken to keep all rows that their size does not limit, and 8 GB of index are
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -32,6 +33,7 @@ from clipgap_ray.pixels import Preprocess
 from clipgap_ray.shards import estimate_rows
 from clipgap_ray.sources import list_shards
 from clipgap_ray.stages import budget, dedup, plan
+from clipgap_ray.stages.autoscaler import most_resources
 from clipgap_ray.stages.embed_read import ReadPlan
 from clipgap_ray.stages.session import logger
 from clipgap_ray.stages.study_data import Data, locate
@@ -186,12 +188,12 @@ def _resources(settings: StudyPlanSettings) -> tuple[float, float]:
     import torch
 
     if settings.nodes:
-        types = read_yaml(settings.nodes).get("available_node_types") or {}
-        most = [(node.get("resources", {}), node.get("max_workers", 0)) for node in types.values()]
-        cores, gpus = (sum(float(has.get(kind, 0)) * count for has, count in most) for kind in ("CPU", "GPU"))
-        if not cores:
+        most = most_resources(read_yaml(settings.nodes))
+        cores, gpus = most.get("CPU", 0.0), most.get("GPU", 0.0)
+        if not 0 < cores < math.inf:
             raise ConfigError(
-                f"{settings.nodes} has no node type with CPUs", hint="give a file for `ray up`, as cluster.yaml"
+                f"{settings.nodes} has no node type with CPUs, or no max_workers",
+                hint="give a file for `ray up`, as cluster.yaml",
             )
     else:
         cores, gpus = float(os.cpu_count() or 1), float(torch.cuda.device_count())

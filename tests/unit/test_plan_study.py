@@ -74,6 +74,18 @@ def test_the_paper_s_study_on_the_cluster_of_the_repository(tmp_path: Path, capl
 
 
 @pytest.mark.usefixtures("fixed")
+def test_a_plan_counts_no_more_nodes_than_all_types_together_may_have(tmp_path: Path) -> None:
+    config = yaml.safe_load(Path("cluster.yaml").read_text())
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({**config, "max_workers": 3}))
+    found = plan_study.run(
+        StudyPlanSettings(
+            study="studies/laion400m.yaml", rows=LAION, nodes=str(tmp_path / "small.yaml"), gpu_tflops=121
+        )
+    )
+    assert (found["machine"]["cores"], found["machine"]["gpus"]) == (3 * 16, 2)
+
+
+@pytest.mark.usefixtures("fixed")
 def test_what_is_unknown_is_asked_for(tmp_path: Path) -> None:
     def refused(words: str, **more: object) -> None:
         values = {"study": "studies/laion400m.yaml", "rows": LAION, "nodes": "cluster.yaml", "gpu_tflops": 121, **more}
@@ -85,6 +97,8 @@ def test_what_is_unknown_is_asked_for(tmp_path: Path) -> None:
     refused("'pool=many' is not NAME=COUNT", rows=("pool=many",))
     (tmp_path / "other.yaml").write_text("max_workers: 3\n")
     refused("no node type with CPUs", nodes=str(tmp_path / "other.yaml"))
+    (tmp_path / "other.yaml").write_text("available_node_types: {a: {resources: {CPU: 4}}}\n")
+    refused("no max_workers", nodes=str(tmp_path / "other.yaml"))
     world = {"name": "w", "world": {"preset": "tiny"}, "runs": [{"split": "full"}]}
     (tmp_path / "world.yaml").write_text(yaml.safe_dump({**world, "train": {"model": "ViT-B-32"}}))
     refused("pool: .* cannot be looked at .*\n.*say --rows pool=COUNT",
