@@ -20,6 +20,7 @@ from clipgap_ray.errors import ConfigError
 from clipgap_ray.kernels import duplicates
 from clipgap_ray.stages.session import Progress, bounded, connect
 
+GATHER_CPUS = 0.5  # reads more than it computes
 MAX_EDGES = 100_000_000  # 2.4 GB in the driver, and about 8 GB for a moment while a rule sorts them
 
 
@@ -185,11 +186,11 @@ def sample_rows(
     wanted = RowMask(pool, flags)
     groups = [group for group in pool.groups(group_bytes) if any(wanted.of(part.number).any() for part in group)]
     connect()
-    task = ray.remote(num_cpus=0.5)(_gather_task)
+    task = ray.remote(num_cpus=GATHER_CPUS)(_gather_task)
     shared = ray.put((pool, wanted))
     progress = Progress(stage, len(groups), "groups of parts")
     found = [(np.zeros((0, pool.dim), np.float16), np.zeros(0, np.int64))]
-    for rows, ids in bounded(lambda group: task.remote(shared, group), groups):
+    for rows, ids in bounded(lambda group: task.remote(shared, group), groups, needs={"CPU": GATHER_CPUS}):
         found.append((rows, ids))
         progress.advance(rows=len(ids))
     progress.close()

@@ -58,10 +58,10 @@ def run(settings: EvaluateSettings) -> rundir.Summary:
                 settings.model, settings.pretrained, device, batch_size=settings.batch_size,
                 crop_border=settings.crop_border,
             )  # fmt: skip
-            task = ray.remote(num_cpus=1, num_gpus=1 if device == "cuda" and runs_model else 0)(_evaluate)
-            for record in bounded(
-                lambda name: task.remote(directory.uri, asked[name], encoder, preprocess, settings.decoders), todo
-            ):
+            gpus = 1 if device == "cuda" and runs_model else 0
+            task = ray.remote(num_cpus=1, num_gpus=gpus)(_evaluate)
+            submit = lambda name: task.remote(directory.uri, asked[name], encoder, preprocess, settings.decoders)  # noqa: E731
+            for record in bounded(submit, todo, needs={"CPU": 1.0, "GPU": gpus}):
                 directory.log.append([{"part": numbers[record["test"]], **record}])
                 progress.advance(rows=record["kept"])
         progress.close()

@@ -56,8 +56,10 @@ def run(settings: EvaluateSettings) -> rundir.Summary:
         if todo:
             connect()
             device = resolve_device(settings.device)
-            task = ray.remote(num_cpus=1, num_gpus=1 if device == "cuda" else 0)(_evaluate)
-            for record in bounded(lambda name: task.remote(directory.uri, *asked[name], settings, device), todo):
+            gpus = 1 if device == "cuda" else 0
+            task = ray.remote(num_cpus=1, num_gpus=gpus)(_evaluate)
+            submit = lambda name: task.remote(directory.uri, *asked[name], settings, device)  # noqa: E731
+            for record in bounded(submit, todo, needs={"CPU": 1.0, "GPU": gpus}):
                 directory.log.append([{"part": numbers[record["test"]], **record}])
                 progress.advance(rows=record["kept"])
         progress.close()

@@ -107,7 +107,7 @@ def _copy(directory: rundir.RunDirectory, outputs: list[list[export_index.Slice]
     task = ray.remote(num_cpus=export_index.TASK_CPUS)(export_copy.write_shard)
     progress = Progress("export", len(outputs), "shards", done=len(outputs) - len(todo))
     submit = lambda number: task.remote(directory.uri, number, outputs[number], settings.write_uid)  # noqa: E731
-    for record in bounded(submit, todo, settings.workers):
+    for record in bounded(submit, todo, settings.workers, {"CPU": export_index.TASK_CPUS}):
         directory.log.append([record])
         progress.advance(rows=record["kept"])
     progress.close()

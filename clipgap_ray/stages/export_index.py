@@ -78,7 +78,7 @@ def build(
             task = ray.remote(num_cpus=TASK_CPUS)(index_shard)
             progress = Progress("export: index", len(shards), "shards", done=len(shards) - len(todo))
             submit = lambda shard: task.remote(directory.uri, parts[shard.name], shard, shared)  # noqa: E731
-            for record in bounded(submit, todo, workers):
+            for record in bounded(submit, todo, workers, {"CPU": TASK_CPUS}):
                 directory.log.append([record])
                 progress.advance(rows=record["read"])
             progress.close()

@@ -86,7 +86,8 @@ def centroids_of(uri: str, pool: EmbeddingSet, hashes: np.ndarray, num_partition
         everything = RowMask(pool, np.ones(pool.num_rows, bool))
         rows, _ = sample_rows(pool, everything, hashes, wanted, ASSIGN_BYTES, "dedup, k-means sample")
         train = ray.remote(num_cpus=1)(_train)
-        store.write_bytes(path, store.array_bytes(ray.get(train.remote(rows, num_partitions, seed))))
+        (centroids,) = bounded(lambda sample: train.remote(sample, num_partitions, seed), [rows])
+        store.write_bytes(path, store.array_bytes(centroids))
     return np.array(store.read_array(path))
 
 

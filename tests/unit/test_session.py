@@ -1,5 +1,6 @@
 """Sizing work by what a cluster has, and by what its autoscaler may bring."""
 
+import ast
 import shutil
 import sys
 import threading
@@ -205,3 +206,19 @@ def test_nodes_with_gpus(monkeypatch):
     ]
     monkeypatch.setattr(session.ray, "nodes", lambda: nodes)
     assert session.gpu_nodes() == ["a"]
+
+
+@pytest.mark.parametrize("name", ["edges", "evaluate", "evaluate_features", "export", "export_index", "score"])
+def test_tasks_that_ask_for_something_else_than_a_cpu_say_what_they_wait_for(name):
+    tree = ast.parse((Path(session.__file__).parent / f"{name}.py").read_text())
+    found = 0
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+        asked = {word.arg: ast.unparse(word.value) for call in calls for word in call.keywords}
+        if asked.get("num_cpus", "1") == "1" and "num_gpus" not in asked:
+            continue
+        for call in (call for call in calls if ast.unparse(call.func) == "bounded"):
+            found += 1
+            needs = [word.value for word in call.keywords if word.arg == "needs"] or call.args[3:]
+            assert [key.value for key in needs[0].keys] == (["CPU", "GPU"] if "num_gpus" in asked else ["CPU"])
+    assert found == 1
