@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Self
 
 import pydantic
@@ -10,6 +11,9 @@ import tyro
 from clipgap_ray.config.base import Operational, Settings
 from clipgap_ray.errors import ConfigError
 
+#: Of every cluster's head Ray says that it has 1 of this, so that a price can name it.
+HEAD = "node:__internal_head__"
+
 
 class PricesFile(Settings):
     """What a cluster costs, as `--prices FILE.yaml` holds it."""
@@ -17,7 +21,12 @@ class PricesFile(Settings):
     currency: str = "USD"
     """Shown beside amounts."""
     per_hour: dict[str, pydantic.NonNegativeFloat]
-    """Price of one unit of a resource for an hour: `{CPU: 0.04, GPU: 1.1}`; resources not named cost nothing."""
+    """Price of one unit of a resource for an hour: `{CPU: 0.04, GPU: 1.1}`; resources not named cost nothing. A head
+    without CPUs has one unit of `node:__internal_head__`."""
+
+    def hourly(self, resources: Mapping[str, float]) -> float:
+        """Return what these amounts cost an hour."""
+        return sum(amount * self.per_hour.get(name, 0.0) for name, amount in resources.items())
 
 
 class LimitsSettings(Settings):

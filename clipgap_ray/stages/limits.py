@@ -56,7 +56,7 @@ def hourly_cost(prices: PricesFile) -> float:
     """Return what the living nodes cost an hour; without a cluster, the CPUs of this machine."""
     here = [{"CPU": float(os.cpu_count() or 1)}]
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else here
-    return sum(amount * prices.per_hour.get(name, 0.0) for node in nodes for name, amount in node.items())
+    return sum(prices.hourly(node) for node in nodes)
 
 
 _allowance: Allowance | None = None

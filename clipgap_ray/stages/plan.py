@@ -20,7 +20,7 @@ import pyarrow as pa
 from clipgap_ray import blocklist, filesystems, schema, store
 from clipgap_ray.config.base import read_yaml
 from clipgap_ray.config.embed import PlanSettings
-from clipgap_ray.config.limits import LimitsSettings, PricesFile
+from clipgap_ray.config.limits import HEAD, LimitsSettings, PricesFile
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.shards import estimate_rows
 from clipgap_ray.sources import Shard
@@ -169,11 +169,11 @@ def _driver_bytes(outputs: list[Output], rows: int, shards: int, cores: int) -> 
 
 
 def _cost(settings: PlanSettings, seconds: float, cores: int, gpus: int) -> dict[str, Any] | None:
-    """What the cores and GPUs cost while it runs; None without prices."""
+    """What the cores, the GPUs and a head cost while it runs; None without prices."""
     if not settings.limits.prices:
         return None
     prices = PricesFile.load(read_yaml(settings.limits.prices), settings.limits.prices)
-    hourly = cores * prices.per_hour.get("CPU", 0.0) + gpus * prices.per_hour.get("GPU", 0.0)
+    hourly = prices.hourly({"CPU": cores, "GPU": gpus, HEAD: 1.0})
     return {"amount": round(seconds / 3600 * hourly, 4), "per_hour": hourly, "currency": prices.currency}
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from clipgap_ray import filesystems, store
 from clipgap_ray.config.base import read_yaml
 from clipgap_ray.config.dedup import DedupSettings
-from clipgap_ray.config.limits import PricesFile
+from clipgap_ray.config.limits import HEAD, PricesFile
 from clipgap_ray.config.plan import StudyPlanSettings
 from clipgap_ray.config.score import ScoreSettings
 from clipgap_ray.config.study import RunSection, StudyFile
@@ -267,11 +267,10 @@ def _rounded(work: Work) -> dict[str, Any]:
 
 
 def _cost(prices: PricesFile | None, machine: Machine, work: Work, seconds: float) -> float:
-    """All cores, and all GPUs where the step uses them, for as long as it takes."""
+    """All cores, all GPUs where the step uses them, and the head, for as long as it takes."""
     if prices is None:
         return 0.0
-    hourly = machine.cores * prices.per_hour.get("CPU", 0.0)
-    hourly += machine.gpus * prices.per_hour.get("GPU", 0.0) if work.on_gpu else 0.0
+    hourly = prices.hourly({"CPU": machine.cores, "GPU": machine.gpus if work.on_gpu else 0.0, HEAD: 1.0})
     return round(seconds / 3600 * hourly, 4)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from clipgap_ray import cli
 from clipgap_ray.config.embed import EmbedSettings
-from clipgap_ray.config.limits import LimitsSettings, PricesFile
+from clipgap_ray.config.limits import HEAD, LimitsSettings, PricesFile
 from clipgap_ray.errors import ConfigError, StoppedError
 from clipgap_ray.kernels.order import SampleOrder
 from clipgap_ray.stages import limits, session, train
@@ -75,6 +75,17 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(session, "launchable", lambda resource: 8)
     monkeypatch.setattr(session, "SAY_SHORTAGE_S", 0.01)
     return there
+
+
+def test_the_head_costs_what_its_own_resource_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._common.constants import HEAD_NODE_RESOURCE_NAME
+
+    assert HEAD == HEAD_NODE_RESOURCE_NAME
+    resources = [{"node:__internal_head__": 1.0, "node:10.0.0.1": 1.0}, {"CPU": 2.0, "node:10.0.0.2": 1.0}]
+    monkeypatch.setattr(limits.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(limits.ray, "nodes", lambda: [{"Alive": True, "Resources": one} for one in resources])
+    assert limits.hourly_cost(PricesFile(per_hour={"CPU": 0.5, HEAD: 0.25})) == 1.25
+    assert limits.hourly_cost(PricesFile(per_hour={"CPU": 0.5})) == 1.0
 
 
 def test_a_wait_for_nodes_that_do_not_come_ends_at_the_limit(nodes: list[dict[str, Any]]) -> None:

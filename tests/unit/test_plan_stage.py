@@ -63,11 +63,11 @@ def test_time_adds_up_from_the_probe(tiny_world: made.World, tmp_path: Path, mon
     half = predict(tiny_world.path("pool"), shards="0:2", sample=0.5)
     assert half["seconds"] == pytest.approx(predicted["seconds"] / 2, rel=0.1)  # type: ignore[operator]
     prices = tmp_path / "prices.yaml"
-    prices.write_text("per_hour: {CPU: 0.36}\ncurrency: EUR\n")
+    prices.write_text("per_hour: {CPU: 0.36, node:__internal_head__: 0.3}\ncurrency: EUR\n")
     more = predict(tiny_world.path("pool"), shards="0:2", cores=20, limits={"prices": str(prices)})
     assert more["seconds"] == pytest.approx(predicted["seconds"] / 4, rel=0.01)  # type: ignore[operator]
-    assert more["cost"]["per_hour"] == pytest.approx(7.2)  # type: ignore[index]
-    assert more["cost"]["amount"] == pytest.approx(more["seconds"] * 0.002, abs=1e-4)  # type: ignore[index, operator]
+    assert more["cost"]["per_hour"] == pytest.approx(7.5)  # type: ignore[index]
+    assert more["cost"]["amount"] == pytest.approx(more["seconds"] * 7.5 / 3600, abs=1e-4)  # type: ignore[index, operator]
     assert predicted["cost"] is None
 
 

@@ -41,7 +41,7 @@ def fixed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def prices(folder: Path) -> str:
     path = folder / "prices.yaml"
-    path.write_text("per_hour: {CPU: 0.05, GPU: 1.0}\ncurrency: EUR\n")
+    path.write_text("per_hour: {CPU: 0.05, GPU: 1.0, node:__internal_head__: 0.2}\ncurrency: EUR\n")
     return str(path)
 
 
@@ -62,8 +62,8 @@ def test_the_paper_s_study_on_the_cluster_of_the_repository(tmp_path: Path, capl
     assert steps["runs/full-with-reference-s0"]["network_flops"] == pytest.approx(3 * 6.43e9 * 14.78e9, rel=1e-3)
     # what a cut of a given size trains on bounds the table of its samples
     assert steps["runs/random-100m-s0"]["driver_bytes"] == pytest.approx(200 * 100e6)
-    assert steps["dedup"]["cost"] == pytest.approx(steps["dedup"]["seconds"] / 3600 * 144 * 0.05, rel=1e-3)
-    assert steps["scores"]["cost"] == pytest.approx(steps["scores"]["seconds"] / 3600 * (144 * 0.05 + 2), rel=1e-3)
+    assert steps["dedup"]["cost"] == pytest.approx(steps["dedup"]["seconds"] / 3600 * (144 * 0.05 + 0.2), rel=1e-3)
+    assert steps["scores"]["cost"] == pytest.approx(steps["scores"]["seconds"] / 3600 * (144 * 0.05 + 2.2), rel=1e-3)
     total = found["total"]
     assert total["seconds"] == pytest.approx(sum(step["seconds"] for step in steps.values()))
     assert total["cost"] == pytest.approx(sum(step["cost"] for step in steps.values()), abs=0.01)
