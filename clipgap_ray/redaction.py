@@ -13,6 +13,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 HIDDEN = "***"
+ADVICE = (
+    "leave it out of the address: credentials are read from the instance profile, the AWS_* environment or --profile, "
+    "tokens from the environment"
+)
 _USER = re.compile(r"(?P<before>[a-z][a-z0-9+.-]*://)[^/?#\s@'\"]*@", re.IGNORECASE)
 # Signed addresses of S3 (both versions), Google and Azure, and what services call their keys.
 _SIGNED = re.compile(

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 
 from clipgap_ray import filesystems, store
 from clipgap_ray.errors import ConfigError
+from clipgap_ray.redaction import ADVICE, addresses_with_secrets
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
@@ -37,7 +38,8 @@ def list_shards(source: str) -> list[Shard]:
         Shards in source order; within a directory, sorted by name.
 
     Raises:
-        ConfigError: If a part of the source matches nothing or is of no known kind.
+        ConfigError: If a part of the source matches nothing or is of no known kind, or a line of a list file carries
+            a password, a signature or a token.
     """
     shards: list[Shard] = []
     for item in source.split("::"):
@@ -69,8 +71,13 @@ def _list_one(item: str) -> Iterator[Shard]:
     if not item:
         raise ConfigError("the source is empty", hint="give a directory, a glob or a brace pattern")
     if item.startswith("@"):
-        for line in store.read_bytes(item[1:]).decode().splitlines():
+        for number, line in enumerate(store.read_bytes(item[1:]).decode().splitlines(), 1):
             if line.strip():
+                for shown in addresses_with_secrets(line.strip()):  # settings see no more than the list's name
+                    raise ConfigError(
+                        f"{item[1:]}:{number} is {shown}: a secret in a list would be shown by Ray and kept in tables",
+                        hint=ADVICE,
+                    )
                 yield from _list_one(line.strip())
         return
     if "{" in item:

@@ -17,7 +17,7 @@ import yaml
 
 from clipgap_ray import filesystems, store
 from clipgap_ray.errors import ConfigError
-from clipgap_ray.redaction import addresses_with_secrets
+from clipgap_ray.redaction import ADVICE, addresses_with_secrets
 
 
 class Operational:
@@ -42,8 +42,7 @@ class Settings(pydantic.BaseModel):
             for shown in addresses_with_secrets(value):
                 raise ConfigError(
                     f"{name} is {shown}: a secret in a setting would be shown by Ray and kept in manifests",
-                    hint="leave it out of the address: credentials are read from the instance profile, the AWS_* "
-                    "environment or --profile, tokens from the environment",
+                    hint=ADVICE,
                 )
         return self
 

@@ -108,3 +108,14 @@ def test_braces_that_are_no_range_are_refused(pattern: str) -> None:
 @pytest.mark.parametrize(("name", "suffix"), [("a.JPG", "jpg"), ("a.b.Png", "png"), ("a", ""), ("a.", "")])
 def test_suffixes_are_lower_case(name: str, suffix: str) -> None:
     assert suffix_of(name) == suffix
+
+
+@pytest.mark.parametrize(
+    "line", ["https://user:pw-77@host/a.tar", "https://host/a.tar?X-Amz-Signature=pw-77", "s3://key:pw-77@bucket/a.tar"]
+)
+def test_a_secret_in_a_list_is_refused_and_not_shown(tmp_path: Path, line: str) -> None:
+    (tmp_path / "list.txt").write_text(f"\n{line}\n")
+    with pytest.raises(ConfigError, match=r"list.txt:2 is .*\*\*\*.*:? a secret in a list") as caught:
+        list_shards(f"@{tmp_path}/list.txt")
+    assert "pw-77" not in str(caught.value)
+    assert "instance profile" in str(caught.value)
