@@ -4,12 +4,16 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import itertools
 import pkgutil
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import clipgap_ray
 
@@ -176,3 +180,18 @@ def test_readme_clipgap_commands_parse():
             continue
         verb, rest = (SPLITS[words[2]], words[3:]) if words[1] == "split" else (VERBS[words[1]], words[2:])
         tyro.cli(_load("clipgap_ray.config." + verb.settings), args=rest)
+
+
+def _requirements():
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = config["project"]["optional-dependencies"].values()
+    said = [*config["build-system"]["requires"], *config["project"]["dependencies"], *itertools.chain(*extras)]
+    return sorted({Requirement(text) for text in said}, key=str)
+
+
+@pytest.mark.parametrize("required", _requirements(), ids=str)
+def test_every_dependency_ends_somewhere_and_admits_the_tested_version(required):
+    assert {"<", "<=", "==", "~="} & {one.operator for one in required.specifier}, "the next major one is not tested"
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    tested = {canonicalize_name(name): version for name, version in pins.items()}.get(canonicalize_name(required.name))
+    assert tested is None or required.specifier.contains(tested)
