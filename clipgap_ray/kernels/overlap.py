@@ -19,6 +19,7 @@ from scipy.optimize import linear_sum_assignment
 
 from clipgap_ray.kernels import intervals
 
+STRAYS = 0.025  # share of a group's photos, at either end, that are no support: two strays would feign a wide one
 CALIPER = 0.2  # in within-class standard deviations of s: Austin 2011's rule for matching on a score
 FORBIDDEN = 1e6  # price of a pair outside the caliper: any number of allowed pairs is cheaper
 BINS_PER_CLASS = 6
@@ -145,17 +146,20 @@ def _auc(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def supported(photos: Photos) -> np.ndarray:
-    """Return (n,) bool: the photo lies in its class's common support, where both groups have photos.
+    """Return (n,) bool: the photo lies where the other group of its class has photos too.
 
-    The support of a class runs from the larger of the groups' minima to the smaller of their maxima: beyond it one
-    group alone has photos, and what the other would do there is extrapolation.
+    It does if at both sides of it, its own similarity included, there are more than a share `STRAYS` of the other
+    group's photos: beyond that what the other group would do is extrapolation. With fewer than 40 photos (1 / STRAYS)
+    the other group's support is its whole range.
     """
-    size = 2 * len(photos.classes)
-    low, high = np.full(size, np.inf), np.full(size, -np.inf)
-    np.minimum.at(low, photos.cell, photos.similarity)
-    np.maximum.at(high, photos.cell, photos.similarity)
-    start, end = low.reshape(-1, 2).max(axis=1), high.reshape(-1, 2).min(axis=1)
-    return (photos.similarity >= start[photos.class_at]) & (photos.similarity <= end[photos.class_at])
+    inside = np.zeros(len(photos.similarity), bool)
+    for position in range(len(photos.classes)):
+        sides = photos.of_class(position)
+        for own, other in (sides, sides[::-1]):
+            values, theirs = photos.similarity[own], np.sort(photos.similarity[other])
+            strays = int(STRAYS * len(theirs))
+            inside[own] = (values >= theirs[strays]) & (values <= theirs[-1 - strays])
+    return inside
 
 
 def overlap(photos: Photos) -> dict[str, Any]:

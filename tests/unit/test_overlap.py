@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from clipgap_ray.kernels import overlap
+from clipgap_ray.kernels import decomposition, overlap
 from clipgap_ray.kernels.overlap import Photos
 
 
@@ -24,6 +24,19 @@ def test_common_support_runs_from_the_larger_minimum_to_the_smaller_maximum() ->
     photos = by_hand([0.5, 0.6, 0.9], [0.4, 0.55, 0.7])
     assert overlap.supported(photos).tolist() == [True, True, False, False, True, True]
     assert overlap.overlap(photos)["per_group"] == {"common": pytest.approx(2 / 3), "counter": pytest.approx(2 / 3)}
+
+
+def test_two_strays_are_no_support() -> None:
+    near, far = np.linspace(0.5, 0.6, 98).tolist(), np.linspace(0.8, 0.9, 98).tolist()
+    disjoint = by_hand([*far, 0.45, 0.46], [*near, 0.94, 0.95])
+    assert overlap.overlap(disjoint)["smallest"] == 0
+    one_group = by_hand([*far, *near], [*near, 0.94, 0.95])
+    assert overlap.overlap(one_group)["per_group"]["common"] == pytest.approx(96 / 196)
+    result = decomposition.summarise(disjoint, np.random.default_rng(0), draws=10)
+    assert not result["identified"]
+    assert "cannot be compared at equal similarity" in result["why_not"]
+    same = by_hand(near, near)  # two groups that are alike lose their tails only
+    assert overlap.overlap(same)["smallest"] == pytest.approx(94 / 98)
 
 
 def test_matching_makes_the_most_and_the_closest_pairs() -> None:
