@@ -306,14 +306,18 @@ def predictions_of(table: pa.Table) -> Predictions:
     )
 
 
-def aligned(found: list[Predictions]) -> tuple[Predictions, np.ndarray]:
+def aligned(found: list[Predictions], what: str) -> tuple[Predictions, np.ndarray]:
     """Put several models' predictions of one test set on the images that all of them have.
 
     Args:
         found: Of r models, at least one; those that share their uids (or have none) are taken as they are.
+        what: Whose they are, for the error.
 
     Returns:
-        The first's predictions on the n shared images, and (r, n) bool outcomes of all in that order; n may be 0.
+        The first's predictions on the n shared images, and (r, n) bool outcomes of all in that order.
+
+    Raises:
+        DataError: If they share no image.
     """
     first = found[0]
     if all(p.uids == first.uids for p in found):
@@ -321,6 +325,8 @@ def aligned(found: list[Predictions]) -> tuple[Predictions, np.ndarray]:
     at = np.stack([positions(first.uids, p.uids) for p in found])
     shared = (at >= 0).all(axis=0)
     kept = np.nonzero(shared)[0].tolist()
+    if not kept:
+        raise DataError(f"{what} share no photo", hint="predictions of one test set must be read the same way")
     uids, groups, classes = ([values[i] for i in kept] for values in (first.uids, first.groups, first.classes))
     outcomes = np.stack([p.correct[own[shared]] for p, own in zip(found, at, strict=True)])
     return Predictions(uids, outcomes[0], groups, classes), outcomes

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from clipgap_ray.kernels import intervals, shift
-from clipgap_ray.reporting.study import Run, Study, positions
+from clipgap_ray.reporting.study import Run, Study, aligned, positions
 
 Record = dict[str, Any]
 
@@ -70,13 +70,16 @@ def base_arm(study: Study, like: Arm | None = None) -> Arm | None:
 
 
 def correct(study: Study, arm: Arm, test: str) -> tuple[np.ndarray, list[str]] | None:
-    """Return (s, n) bool per seed and image, and n uids; None when no run has predictions."""
+    """Return (s, n) bool per seed and image that all seeds have, and n uids; None when no run has predictions.
+
+    Raises:
+        DataError: If the seeds share no image.
+    """
     found = [p for run in arm.runs if (p := study.predictions(run.name, test)) is not None]
     if not found:
         return None
-    uids = found[0].uids
-    rows = [p.correct if p.uids == uids else p.correct[positions(uids, p.uids)] for p in found]
-    return np.stack(rows), uids
+    first, outcomes = aligned(found, f"{study.path('eval')}: the seeds of {arm.label} on {test}")
+    return outcomes, first.uids
 
 
 # --- the main table --------------------------------------------------------------------------------------
@@ -193,15 +196,38 @@ def group_shift(study: Study, draws: int, seed: int) -> list[Record]:
             found = [p for run in arm.runs if (p := study.predictions(run.name, test)) is not None]
             if not found or not set(shift.PAIR) <= set(found[0].groups):
                 continue
-            counted = [shift.count(p.classes, p.groups, p.correct) for p in found]
+            first, outcomes = aligned(found, f"{study.path('eval')}: the seeds of {arm.label} on {test}")
             # Seeds share the photos: mean hits keep n the number of photos and so the intervals honest.
-            hits = np.mean([c.hits for c in counted], axis=0)
-            counts = shift.GroupCounts(hits, counted[0].totals, counted[0].classes, counted[0].groups)
+            counts = shift.count(first.classes, first.groups, outcomes.mean(axis=0))
             result = shift.summarise(counts, np.random.default_rng(seed), draws=draws)
             records.append({"test": test, "arm": arm.label, "supervised": arm.supervised, **result})
             records[-1]["num_seeds"] = len(found)
             records[-1]["num_samples_seen"] = arm.num_samples_seen
     return records
+
+
+def flat_group(result: Record) -> Record:
+    """Return one line per model: what `kernels.shift.summarise` nests, behind what is said about the model."""
+    about = ("test", "model", "arm", "supervised", "num_seeds", "num_samples_seen")
+    worst = result["worst_class_group"]
+    line: Record = {key: result[key] for key in about if key in result}
+    line |= {f"{group}_n": result["num_images"][group] for group in result["groups"]}
+    line |= {f"balanced_{name}": value for name, value in result["balanced"].items()}
+    line |= {f"unbalanced_{name}": value for name, value in result["unbalanced"].items()}
+    line |= result["drop"]
+    for name, key in (("drop", "drop_pp"), ("unbalanced_drop", "unbalanced_drop_pp"), ("relative", "relative"),
+                      ("log_odds", "log_odds")):  # fmt: skip
+        for over in ("images", "classes"):
+            low, high = result["intervals"].get(f"{key}_{over}") or (None, None)
+            unit = "_pp" if key.endswith("_pp") else ""
+            line |= {f"{name}_low{unit}_{over}": low, f"{name}_high{unit}_{over}": high}
+    return line | {
+        "worst_class_group": f"{worst['class_name']} / {worst['group']}",
+        "worst_class_group_accuracy": worst["accuracy"],
+        "num_classes": result["num_classes"],
+        "num_negative_drops": result["num_negative_drops"],
+        "num_insignificant_drops": result["num_insignificant_drops"],
+    }
 
 
 def training_curves(study: Study) -> list[Record]:

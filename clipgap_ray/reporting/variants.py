@@ -16,7 +16,7 @@ from clipgap_ray import store
 from clipgap_ray.errors import DataError
 from clipgap_ray.kernels import shift
 from clipgap_ray.reporting import tables
-from clipgap_ray.reporting.study import Predictions, Study, positions
+from clipgap_ray.reporting.study import Predictions, Study, aligned, positions
 from clipgap_ray.reporting.tables import Record
 
 # What `evaluate` stores of the prompts is their digest; tests compare these with open_clip's lists.
@@ -167,13 +167,12 @@ def of_study(study: Study, draws: int, seed: int) -> list[Record]:
 
 
 def _mean(study: Study, runs: list[str], name: str) -> tuple[Predictions, np.ndarray] | None:
-    """Predictions of the first of several seeds, and (n,) float64 share of the seeds that are right."""
+    """Predictions of the first of several seeds on the photos of all, (n,) float64 share of seeds that are right."""
     found = [p for run in runs if (p := study.predictions(run, name)) is not None]
     if not found:
         return None
-    uids = found[0].uids
-    rows = [p.correct if p.uids == uids else p.correct[positions(uids, p.uids)] for p in found]
-    return found[0], np.mean(np.stack(rows), axis=0)
+    first, outcomes = aligned(found, f"{study.path('eval')}: {', '.join(runs)} on {name}")
+    return first, outcomes.mean(axis=0)
 
 
 def sentence(records: list[Record]) -> str:
