@@ -158,22 +158,31 @@ def residuals_pp(line: Line, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return 100 * (np.asarray(y, np.float64) - line.predict(x))
 
 
-def leave_one_out(x: np.ndarray, y: np.ndarray, axes: Axes = "probit") -> list[tuple[Line | None, float]]:
+def leave_one_out(
+    x: np.ndarray, y: np.ndarray, axes: Axes = "probit", names: Sequence[str] | None = None
+) -> list[tuple[Line | None, float]]:
     """Fit the line without each baseline in turn: does one model carry it?
 
+    Args:
+        x: (b,) accuracies of the baselines on the usual set.
+        y: (b,) likewise on the shifted set.
+        axes: Where the line is straight.
+        names: b names; seeds of one model share theirs and are left out together. None: every baseline by itself.
+
     Returns:
-        For every baseline the line of the others and its own residual from that line in points; (None, NaN) where
-        the others do not make a line.
+        For every baseline, or name in order, the line of the others and its own (mean) residual from that line in
+        points; (None, NaN) where the others do not make a line.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    own = np.arange(len(x)) if names is None else np.array([list(dict.fromkeys(names)).index(n) for n in names], int)
     result: list[tuple[Line | None, float]] = []
-    for left_out in range(len(x)):
-        others = np.arange(len(x)) != left_out
+    for left_out in range(own.max(initial=-1) + 1):
+        others = own != left_out
         if len(np.unique(x[others])) < 2:
             result.append((None, float("nan")))
             continue
         line = fit(x[others], y[others], axes)
-        result.append((line, float(residuals_pp(line, x[[left_out]], y[[left_out]])[0])))
+        result.append((line, float(residuals_pp(line, x[~others], y[~others]).mean())))
     return result
 
 

@@ -14,7 +14,7 @@ from scipy import stats
 
 from clipgap_ray.kernels import intervals, robustness
 from clipgap_ray.reporting import tables
-from clipgap_ray.reporting.study import Predictions, Run, Study, positions
+from clipgap_ray.reporting.study import Predictions, Run, Study, aligned
 from clipgap_ray.reporting.tables import Record
 
 MAX_DRAWS = 1000
@@ -30,7 +30,8 @@ class RobustnessPanel:
         points: One record per arm: x, y and, with a line, predicted, residual_pp, extrapolates, ...
         line: Fitted on the supervised runs, on probit axes; None with fewer than two different ones.
         why_no_line: What is missing.
-        without: Per baseline the line of the others, where they make one: `left_out, slope, intercept, residual_pp`.
+        without: Per baseline, all its seeds together, the line of the others, where they make one:
+            `left_out, slope, intercept, residual_pp`.
         axes: Per choice of axes the line: `axes, slope, slope_low, slope_high, intercept, r2`.
         lines: The lines of `without`, for the figure.
     """
@@ -82,7 +83,9 @@ def _fitted(
     x, y = (np.array([p[side] for p in points]) for side in "xy")
     per_axes = {axes: robustness.fit(baselines[:, 0], baselines[:, 1], axes) for axes in robustness.AXES}
     line = per_axes["probit"]
-    left_out = robustness.leave_one_out(baselines[:, 0], baselines[:, 1])
+    names = _arm_names(study, runs)
+    # Without one seed its sisters would hold the line in place: a baseline goes with all its seeds.
+    left_out = robustness.leave_one_out(baselines[:, 0], baselines[:, 1], names=names)
     lines = [other for other, _ in left_out if other is not None]
     ranges = robustness.residual_range_pp(lines, x, y) if lines else None
     band, predicted = line.band(x), line.predict(x)
@@ -108,9 +111,9 @@ def _fitted(
             "beyond_pp": 100 * float(max(low - x[i], x[i] - high, 0.0)),
         }
     without = [
-        {"left_out": run.name, "slope": own and own.slope, "intercept": own and own.intercept,
+        {"left_out": name, "slope": own and own.slope, "intercept": own and own.intercept,
          "residual_pp": _number(value)}
-        for run, (own, value) in zip(runs, left_out, strict=True)
+        for name, (own, value) in zip(dict.fromkeys(names), left_out, strict=True)
     ]  # fmt: skip
     axes = [
         {"axes": name, "slope": own.slope, "slope_low": _number(own.slope_interval[0]),
@@ -137,6 +140,8 @@ def _points(study: Study, records: list[Record], test: str) -> list[Record]:
                 "num_seeds": record["num_seeds"],
                 "x": _inside(main["accuracy"], main["num_images"]),
                 "y": _inside(record["accuracy"], record["num_images"]),
+                "n_x": main["num_images"],
+                "n_y": record["num_images"],
                 "x_low": main["low"],
                 "x_high": main["high"],
                 "y_low": record["low"],
@@ -144,6 +149,14 @@ def _points(study: Study, records: list[Record], test: str) -> list[Record]:
             }
         )
     return points
+
+
+def _arm_names(study: Study, runs: list[Run]) -> list[str]:
+    """Name the arm of every run: its label, or its first run where labels are not unique."""
+    own = {run.name: arm for arm in tables.arms(study) for run in arm.runs}
+    keyed = {run.name: (own[run.name].label, own[run.name].runs[0].name) for run in runs}
+    shared = [label for label, _ in set(keyed.values())]
+    return [label if shared.count(label) == 1 else first for label, first in (keyed[run.name] for run in runs)]
 
 
 def _runs(study: Study, record: Record, test: str) -> list[Run]:
@@ -169,7 +182,8 @@ def _errors(study: Study, test: str, points: list[Record], baselines: list[Run],
     rng = np.random.default_rng(seed)
     sides = []
     for on in (study.main_test, test):
-        outcomes = _aligned([p for name in names if (p := study.predictions(name, on)) is not None])
+        own = [p for name in names if (p := study.predictions(name, on)) is not None]
+        _, outcomes = aligned(own, f"{study.path('eval')}: the models on {on}")
         drawn = intervals.resampled_means(outcomes, draws, rng)
         sides.append(np.concatenate([outcomes.mean(axis=1)[None], drawn]))  # row 0: no resampling
     place = {name: i for i, name in enumerate(names)}
@@ -187,14 +201,6 @@ def _errors(study: Study, test: str, points: list[Record], baselines: list[Run],
     at = np.split(per_run, np.cumsum([len(own) for own in runs])[:-1])
     seeds = [own.std(ddof=1) / np.sqrt(len(own)) if len(own) > 1 else np.nan for own in at]
     return np.stack([np.nanstd(per_arm, axis=0, ddof=1), seeds])
-
-
-def _aligned(found: list[Predictions]) -> np.ndarray:
-    """(r, n) bool outcomes of r runs on the images that all of them have, in one order."""
-    first = found[0].uids
-    at = np.stack([np.arange(len(first)) if p.uids == first else positions(first, p.uids) for p in found])
-    shared = (at >= 0).all(axis=0)
-    return np.stack([p.correct[own[shared]] for p, own in zip(found, at, strict=True)])
 
 
 def _all_inside(values: np.ndarray, total: int) -> np.ndarray:

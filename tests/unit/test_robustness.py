@@ -48,6 +48,17 @@ def test_leave_one_out_shows_the_model_that_carries_the_line() -> None:
     assert found[0][0].slope > 1.05
 
 
+def test_seeds_of_a_baseline_are_left_out_together() -> None:
+    x = np.array([0.3, 0.5, 0.7, 0.7])
+    y = np.array([0.2, 0.4, 0.75, 0.77])
+    by_seed = robustness.leave_one_out(x, y, "linear")
+    by_model = robustness.leave_one_out(x, y, "linear", ["a", "b", "c", "c"])
+    assert (len(by_seed), len(by_model)) == (4, 3)
+    assert by_model[2][0].slope == pytest.approx(1.0)  # through (0.3, 0.2) and (0.5, 0.4)
+    assert by_model[2][1] == pytest.approx(100 * (0.76 - 0.6))
+    assert by_seed[2][0].slope > 1.2  # the sister holds the line
+
+
 @given(st.floats(0.01, 0.99), st.sampled_from(["probit", "logit", "linear"]))
 def test_axes_invert(value, axes) -> None:
     assert robustness.from_axis(robustness.to_axis(np.array([value]), axes), axes)[0] == pytest.approx(value)
