@@ -83,7 +83,8 @@ def write_tables(out: str, tables: dict[str, list[Record]], digests: list[Record
         if not records:
             continue
         flat = [{key: value for key, value in record.items() if _is_plain(value)} for record in records]
-        table = pa.Table.from_pylist(flat).replace_schema_metadata(marks)
+        columns = dict.fromkeys(key for record in flat for key in record)  # pyarrow takes those of the first record
+        table = pa.table({key: [record.get(key) for record in flat] for key in columns}, metadata=marks)
         for suffix, data in (("csv", csv_bytes(flat)), ("parquet", store.table_bytes(table))):
             store.write_bytes(store.join(out, "tables", f"{name}.{suffix}"), data)
             hashes[f"tables/{name}.{suffix}"] = store.sha256(data)
