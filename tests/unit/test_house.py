@@ -195,3 +195,14 @@ def test_every_dependency_ends_somewhere_and_admits_the_tested_version(required)
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
     tested = {canonicalize_name(name): version for name, version in pins.items()}.get(canonicalize_name(required.name))
     assert tested is None or required.specifier.contains(tested)
+
+
+def test_no_actor_has_a_name_by_which_two_jobs_could_meet():
+    paths = [path for folder in ("clipgap_ray", "jobs", "serve") for path in (ROOT / folder).rglob("*.py")]
+    for path in paths:
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            words, name = {word.arg for word in call.keywords}, ast.unparse(call.func)
+            assert not {"namespace", "lifetime", "get_if_exists"} & words, f"{path}:{call.lineno}"
+            assert not name.endswith("get_actor"), f"{path}:{call.lineno}"
+            if name.endswith(".options") and "serving" not in path.parts:  # there they name deployments of Serve
+                assert "name" not in words, f"{path}:{call.lineno}"
