@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,6 +194,14 @@ def _schema_image_size(model: str) -> int:
     return int(size[0] if isinstance(size, list | tuple) else size)
 
 
+def not_only_weights(path: str) -> ConfigError:
+    """Return the error for a checkpoint that torch refuses to read as weights only."""
+    return ConfigError(
+        f"{path} holds more than weights and is not loaded: a pickle can run any program",
+        hint="save the state dict alone: torch.save(model.state_dict(), path)",
+    )
+
+
 class ClipEncoder:
     """An open_clip model in evaluation mode."""
 
@@ -207,9 +216,11 @@ class ClipEncoder:
         checkpoint = resolve_checkpoint(settings.pretrained)
         name = settings.model
         torch.manual_seed(0)  # "random" weights are the same everywhere
-        self.model = open_clip.create_model(
-            name, pretrained=None if checkpoint in ("", "random") else checkpoint, device=settings.device
-        ).eval()
+        pretrained = None if checkpoint in ("", "random") else checkpoint
+        try:
+            self.model = open_clip.create_model(name, pretrained=pretrained, device=settings.device).eval()
+        except pickle.UnpicklingError:
+            raise not_only_weights(checkpoint) from None
         self.tokenizer = open_clip.get_tokenizer(name)
         config = open_clip.get_model_preprocess_cfg(self.model)
         self._mean = torch.tensor(config["mean"], device=settings.device).view(1, 3, 1, 1)

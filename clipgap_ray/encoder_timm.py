@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import math
 import os
+import pickle
 import sys
 from typing import Any
 
@@ -137,7 +138,7 @@ def classifier(name: str, pretrained: str, num_classes: int) -> tuple[Any, dict[
 
 def _load(model: Any, name: str, path: str, num_classes: int = 0) -> None:
     """Load a checkpoint through timm's own conversion for the architecture; every tensor must be in it."""
-    from timm.models import load_pretrained
+    from timm.models import load_pretrained, load_state_dict
 
     missing: list[str] = []
     hook = model.register_load_state_dict_post_hook(lambda _, keys: missing.extend(keys.missing_keys))
@@ -145,8 +146,10 @@ def _load(model: Any, name: str, path: str, num_classes: int = 0) -> None:
     # The converter of old and foreign checkpoints lives beside the model's class under this name.
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
+        if not config.get("custom_load"):  # numpy arrays; of the rest, weights only, whatever timm's default
+            config["state_dict"] = load_state_dict(path, weights_only=True)
         load_pretrained(model, pretrained_cfg=config, num_classes=num_classes, filter_fn=convert, strict=False)
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(f"{path} does not load into timm:{name}: {first}", hint="is it this model's file?") from None
     hook.remove()

@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 
 from clipgap_ray import presets, store
-from clipgap_ray.encoder import TIMM, EncoderSettings, Preprocess, check, register_models, resolve_checkpoint
+from clipgap_ray.encoder import (
+    TIMM,
+    EncoderSettings,
+    Preprocess,
+    check,
+    not_only_weights,
+    register_models,
+    resolve_checkpoint,
+)
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.kernels import zero_shot
 from clipgap_ray.stages.evaluate_sets import Question
@@ -201,9 +209,10 @@ def _torchvision(settings: EncoderSettings) -> tuple[Any, Sequence[float], Seque
     tag = _torchvision_tag(settings)
     model = torchvision.models.get_model(name, weights=tag or None)
     if not tag and settings.pretrained != "random":
-        state = torch.load(settings.pretrained, map_location="cpu", weights_only=True)
         try:
-            model.load_state_dict(state)
+            model.load_state_dict(torch.load(settings.pretrained, map_location="cpu", weights_only=True))
+        except pickle.UnpicklingError:
+            raise not_only_weights(settings.pretrained) from None
         except RuntimeError as error:
             first = str(error).splitlines()[0]
             raise ConfigError(f"{settings.pretrained} does not load into {settings.model}: {first}") from None
