@@ -139,6 +139,32 @@ class EmbeddingSet:
             raise DataError(f"{uri} holds no embeddings: no part is committed", hint="run `clipgap embed` again")
         return cls(uri, manifest, [_part(log.records[number]) for number in sorted(log.records)])
 
+    @classmethod
+    def open_growing(cls, uri: str) -> tuple[Self, bool]:
+        """Open a folder that `embed` may still be writing, as far as it is committed.
+
+        Returns:
+            The set, and whether no more parts will come.
+
+        Raises:
+            DataError: If no `embed` has begun to write there.
+        """
+        if not store.exists(store.join(uri, "encoder.json")):
+            raise DataError(
+                f"{uri} has no encoder.json: no `clipgap embed` has begun to write there",
+                hint="start `clipgap embed` first, or correct the path",
+            )
+        # The manifest first: a part committed after this look is found by the next one.
+        path = store.join(uri, "manifest.json")
+        manifest = store.read_json(path) if store.exists(path) else None
+        encoder = manifest["encoder"] if manifest else store.read_json(store.join(uri, "encoder.json"))
+        records = _committed(uri)
+        promised = {int(part) for part in manifest.get("shards", {})} if manifest else set()
+        rows = cls(
+            uri, {**(manifest or {}), "encoder": encoder}, [_part(records[number]) for number in sorted(records)]
+        )
+        return rows, manifest is not None and promised <= records.keys()
+
     @property
     def num_rows(self) -> int:
         """Rows in all parts."""
@@ -222,6 +248,15 @@ class EmbeddingSet:
             size += part_bytes
         if group:
             yield group
+
+
+def _committed(uri: str) -> dict[int, dict[str, Any]]:
+    """Read a commit log that its writer may be compacting: a segment may vanish after it was listed, its records
+    are in a new one then."""
+    try:
+        return rundir.CommitLog(uri).records
+    except DataError:
+        return rundir.CommitLog(uri).records
 
 
 def _part(record: dict[str, Any]) -> Part:

@@ -1,6 +1,7 @@
 """An index over embeddings: shards of FAISS that know no Ray, their ids, and their manifests.
 
     INDEX/manifest.json                 encoder, key, recall, source, counts (stage "index")
+    INDEX/growing.json                  the same as far as it is saved, while `--follow` is at work
     INDEX/uids/                         uid -> row id (`uidmap`)
     INDEX/excluded.npy                  row ids that are not to be found (blocklist), sorted; optional
     INDEX/shard_00000/index.faiss       the FAISS index; ids are positions
@@ -14,7 +15,6 @@ row_ids (nq, k) int64`, missing = -inf and -1, ties by smaller row id.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import uuid
@@ -25,9 +25,10 @@ from typing import Any, Self
 import faiss
 import numpy as np
 
-from clipgap_ray import filesystems, rundir, store
+from clipgap_ray import filesystems, store
 from clipgap_ray.download import local_copy
 from clipgap_ray.errors import DataError, IndexMismatchError
+from clipgap_ray.index_manifest import EXCLUDED, read_index
 from clipgap_ray.kernels import faiss_index
 from clipgap_ray.kernels.topk import merge_topk
 from clipgap_ray.kernels.vectors import to_storage
@@ -209,7 +210,7 @@ class IndexShard:
         return manifest
 
     @classmethod
-    def load(cls, uri: str, mmap: bool = True, nprobe: int = 0) -> Self:
+    def load(cls, uri: str, mmap: bool = True, nprobe: int = 0, expected: dict[str, str] | None = None) -> Self:
         """Open a saved shard; the files' sha256 is checked before FAISS parses them.
 
         Args:
@@ -217,13 +218,19 @@ class IndexShard:
             mmap: Map the index into memory instead of reading it (Flat and IVF); of an object store a copy on this
                 machine is mapped (`download`), which is made once.
             nprobe: See the class.
+            expected: sha256 of its files in the index's manifest; None: any state of the shard will do.
 
         Raises:
-            DataError: If a file is missing or not what the manifest says.
+            DataError: If a file is missing or not what the manifest says, or it is another state of the shard.
         """
         if not store.exists(store.join(uri, "manifest.json")) and store.exists(uri + ".old/manifest.json"):
             uri = uri + ".old"
         manifest = store.read_json(store.join(uri, "manifest.json"))
+        if expected is not None and manifest["files"] != expected:
+            raise DataError(
+                f"{uri} is not the shard that the index's manifest names: rows are being added to it",
+                hint="run `clipgap index` again to its end, then `clipgap swap` in a running service",
+            )
         path, ids = store.join(uri, "index.faiss"), store.join(uri, "row_ids.npy")
         if filesystems.is_local(uri):
             path, ids = filesystems.filesystem(path)[1], filesystems.filesystem(ids)[1]
@@ -288,12 +295,12 @@ class LocalIndex:
 
     @classmethod
     def open(cls, uri: str, mmap: bool = True) -> Self:
-        """Open a complete index.
+        """Open an index, complete or growing.
 
         Raises:
             DataError: If it is missing, incomplete or damaged.
         """
-        manifest = rundir.read_manifest(uri, "index")
+        manifest = read_index(uri)
         return cls([open_shard(uri, number, manifest, mmap) for number in range(manifest["num_shards"])], manifest)
 
     @property
@@ -321,25 +328,16 @@ class LocalIndex:
 
 
 def open_shard(uri: str, number: int, manifest: dict[str, Any], mmap: bool = True) -> IndexShard:
-    """Open one shard of a complete index with the manifest's nprobe and the index's excluded rows."""
-    shard = IndexShard.load(shard_uri(uri, number), mmap, manifest.get("nprobe", 0))
-    excluded = store.join(uri, "excluded.npy")
+    """Open one shard of an index with the manifest's nprobe and the index's excluded rows.
+
+    Raises:
+        DataError: If it is damaged, or (of a complete index) not the shard that the manifest names: rows are being
+            added, and an answer must not have some of them.
+    """
+    named = {shard["number"]: shard.get("files") for shard in manifest.get("shards", ())}
+    expected = named.get(number) if manifest.get("complete", True) else None
+    shard = IndexShard.load(shard_uri(uri, number), mmap, manifest.get("nprobe", 0), expected)
+    excluded = store.join(uri, EXCLUDED)
     if store.exists(excluded):
         shard.exclude(store.read_array(excluded))
     return shard
-
-
-def write_excluded(uri: str, row_ids: np.ndarray) -> None:
-    """Remember rows that no search of this index may find; shards opened from now on honour it.
-
-    Args:
-        uri: The index.
-        row_ids: (n,) int64, the whole blocklist; an empty one lifts it.
-    """
-    path = store.join(uri, "excluded.npy")
-    if len(row_ids):
-        store.write_bytes(path, store.array_bytes(np.unique(np.asarray(row_ids, np.int64))))
-        return
-    fs, inside = filesystems.filesystem(path)
-    with contextlib.suppress(FileNotFoundError):
-        fs.rm_file(inside)

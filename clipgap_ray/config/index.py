@@ -32,11 +32,17 @@ class IndexSettings(Settings):
     """Of the training sample and the quantisers."""
     memory_gb: Annotated[float, Operational()] = 0.0
     """Memory that all shards together may take, for auto; 0 = 60 % of the cluster's."""
+    gpus: Annotated[float, pydantic.Field(ge=0, le=1), Operational()] = 0.0
+    """GPU of the training and of each builder, where faiss-gpu is installed (`EXTRAS=gpu`): 0.5 lets two share one.
+    The cells of IVF keys are found there; the index is the same kind of file."""
     recall_queries: Annotated[pydantic.PositiveInt, Operational()] = 200
     """Rows of the pool to measure recall with; each is searched for its neighbours other than itself."""
     merge: Annotated[str, Operational()] = ""
     """Folder for the index as one FAISS file with its metadata, as clip-retrieval reads it (image.index, metadata/).
     With --out alone: of an index that is there. Needs as much memory as the merged index."""
+    blocklist: Annotated[str, Operational()] = ""
+    """Takedown list, as for `embed`: its rows stay in the index, but no search finds them (tombstones); it takes the
+    place of the list before. With --out alone: of an index that is there."""
     poll_s: Annotated[pydantic.PositiveFloat, Operational()] = 1.0
     """Seconds between looks at the folder that --follow watches."""
 
@@ -54,8 +60,8 @@ class IndexSettings(Settings):
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> IndexSettings:
-        only_merge = self.merge and not self.source
-        if bool(self.embeddings) == bool(self.follow) and not only_merge:
+        of_one_that_is_there = (self.merge or self.blocklist) and not self.source
+        if bool(self.embeddings) == bool(self.follow) and not of_one_that_is_there:
             raise ConfigError(
                 f"--embeddings is {self.embeddings!r} and --follow is {self.follow!r}: expected exactly one of them",
                 hint="clipgap index --embeddings EMB --out INDEX",

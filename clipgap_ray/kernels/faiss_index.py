@@ -21,6 +21,7 @@ import numpy as np
 
 from clipgap_ray.environment import require_one_faiss
 from clipgap_ray.errors import ConfigError
+from clipgap_ray.kernels.faiss_gpu import gpu_flat
 from clipgap_ray.kernels.topk import merge_topk
 from clipgap_ray.kernels.vectors import error_bound, to_storage
 
@@ -33,6 +34,8 @@ POINTS_PER_CELL = 64  # training rows per cell: FAISS's own range is 39 to 256
 # Below this many queries FAISS's scan per query is faster than BLAS; its own default is 128,000 / d = 250 queries
 # at d = 512, where the scan takes 29 times as long as it could (performance.md finding 5).
 BLAS_FROM_QUERIES = 12
+MASKED_ROWS = 1 << 14  # rows gathered at once where a batch of queries looks at some of the rows only
+MOST_CANDIDATES = 1024  # of HNSW
 
 
 class Choice(NamedTuple):
@@ -112,6 +115,10 @@ def train_empty(key: str, dim: int, sample: np.ndarray, seed: int) -> faiss.Inde
     if index.is_trained:
         return index
     _seed(index, seed)
+    ivf: Any = faiss.try_extract_index_ivf(index)
+    assigner = None if ivf is None else gpu_flat(ivf.d, ivf.metric_type)
+    if ivf is not None and assigner is not None:  # k-means assigns there; everything else stays as it is
+        ivf.clustering_index = assigner
     try:
         index.train(np.ascontiguousarray(to_storage(sample), np.float32))
     except RuntimeError as error:
@@ -119,6 +126,9 @@ def train_empty(key: str, dim: int, sample: np.ndarray, seed: int) -> faiss.Inde
         raise ConfigError(
             f"--key {key!r} cannot be trained on {len(sample)} rows: {reason}", hint="use fewer cells, or --key Flat"
         ) from None
+    finally:
+        if ivf is not None:
+            ivf.clustering_index = None
     return index
 
 
@@ -133,9 +143,21 @@ def _seed(index: faiss.Index, seed: int) -> None:
 
 
 def add(index: faiss.Index, rows: np.ndarray) -> None:
-    """Append (n, d) rows, rounded to storage precision; their positions follow those already there."""
-    if len(rows):
-        index.add(np.ascontiguousarray(to_storage(rows), np.float32))
+    """Append (n, d) rows, rounded to storage precision; their positions follow those already there.
+
+    Where there is a GPU and faiss-gpu, the cells of IVF rows are found there.
+    """
+    if not len(rows):
+        return
+    stored = np.ascontiguousarray(to_storage(rows), np.float32)
+    inner: Any = faiss.downcast_index(index)
+    assigner = gpu_flat(index.d, inner.quantizer.metric_type) if isinstance(inner, faiss.IndexIVF) else None
+    if assigner is None:
+        index.add(stored)
+        return
+    assigner.add(inner.quantizer.reconstruct_n(0, inner.nlist))
+    cells = np.ascontiguousarray(assigner.search(stored, 1)[1][:, 0])
+    inner.add_core(len(stored), faiss.swig_ptr(stored), None, faiss.swig_ptr(cells))
 
 
 def search(
@@ -153,7 +175,7 @@ def search(
         row_ids: (n,) int64, the id of the row at every position; unique.
         queries: (nq, d) finite rows, rounded to float16 here as the stored rows were.
         k: Neighbours, k >= 1; may exceed the rows there are.
-        nprobe: Cells to visit, for IVF keys; 0 = the index's own setting.
+        nprobe: Cells to visit (IVF keys), or candidates to hold (HNSW); 0 = the index's own setting.
         keep: (n,) bool over positions; False rows are not found. None keeps all.
 
     Returns:
@@ -169,7 +191,9 @@ def search(
     params = _parameters(faiss.downcast_index(index), nprobe, selector)
     faiss.cvar.distance_compute_blas_threshold = BLAS_FROM_QUERIES * index.d
     if isinstance(index, faiss.IndexFlat):
-        return _search_exactly(index, row_ids, stored, k, params)
+        # With a selector FAISS scans once per query, however many there are.
+        places = np.flatnonzero(keep) if keep is not None and num_queries >= BLAS_FROM_QUERIES else None
+        return _search_exactly(index, row_ids, stored, k, params, places)
     similarities, positions = _faiss_search(index, stored, min(k, index.ntotal), params)
     return merge_topk([(similarities, _ids_at(row_ids, positions))], k)
 
@@ -188,10 +212,10 @@ def _parameters(index: faiss.Index, nprobe: int, selector: faiss.IDSelector | No
         return _swig.IndexRefineSearchParameters(k_factor=4.0, base_index_params=base)
     if isinstance(index, faiss.IndexIVF):
         return _swig.SearchParametersIVF(nprobe=min(nprobe or index.nprobe, index.nlist), **common)
+    if isinstance(index, faiss.IndexHNSW):
+        return _swig.SearchParametersHNSW(efSearch=nprobe or index.hnsw.efSearch, **common)
     if selector is None:
         return None
-    if isinstance(index, faiss.IndexHNSW):
-        return _swig.SearchParametersHNSW(efSearch=index.hnsw.efSearch, **common)
     return _swig.SearchParameters(**common)
 
 
@@ -208,10 +232,31 @@ def _ids_at(row_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return np.where(positions < 0, np.int64(-1), np.asarray(row_ids)[np.maximum(positions, 0)])
 
 
+def _search_places(index: Any, stored: np.ndarray, k: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What FAISS answers with a selector, by matrix products: the best k of the rows at (m,) sorted places."""
+    rows = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
+    best = np.full((len(stored), k), -np.inf, np.float32), np.full((len(stored), k), -1, np.int64)
+    for start in range(0, len(places), MASKED_ROWS):
+        here = places[start : start + MASKED_ROWS]
+        similarities = stored @ rows[here].T
+        width = min(k, len(here))
+        columns = np.argpartition(-similarities, width - 1, axis=1)[:, :width]
+        best = merge_topk([best, (np.take_along_axis(similarities, columns, axis=1), here[columns])], k)
+    return best
+
+
 def _search_exactly(
-    index: faiss.Index, row_ids: np.ndarray, stored: np.ndarray, k: int, params: faiss.SearchParameters | None
+    index: faiss.Index,
+    row_ids: np.ndarray,
+    stored: np.ndarray,
+    k: int,
+    params: faiss.SearchParameters | None,
+    places: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rescore candidates in float64; fetch more for the queries whose k-th neighbour is not certain yet."""
+    """Rescore candidates in float64; fetch more for the queries whose k-th neighbour is not certain yet.
+
+    Candidates are FAISS's, or where `places` are given the best of the rows there.
+    """
     similarities = np.empty((len(stored), k), np.float32)
     ids = np.empty((len(stored), k), np.int64)
     norms = np.linalg.norm(stored, axis=1)
@@ -219,7 +264,10 @@ def _search_exactly(
     width = min(k + SPARE, index.ntotal)
     while len(open_queries):
         queries = stored[open_queries]
-        proposed, found = _faiss_search(index, queries, width, params)
+        if places is None:
+            proposed, found = _faiss_search(index, queries, width, params)
+        else:
+            proposed, found = _search_places(index, queries, width, places)
         exact = np.full(found.shape, -np.inf, np.float32)
         known = found >= 0
         rows = index.reconstruct_batch(found[known])
@@ -265,9 +313,21 @@ def write(index: faiss.Index, path: str) -> None:
 
 
 def num_cells(index: faiss.Index) -> int:
-    """Return the number of IVF cells, 0 for other indexes: the range of `nprobe`."""
+    """Return the number of IVF cells, 0 for other indexes."""
     ivf = faiss.try_extract_index_ivf(index)
     return int(ivf.nlist) if ivf is not None else 0
+
+
+def efforts(index: faiss.Index) -> tuple[int, int]:
+    """Return the smallest and the largest sensible `nprobe`, in cells (IVF) or candidates (HNSW); else (0, 0)."""
+    cells = num_cells(index)
+    if cells:
+        return 1, cells
+    inner = faiss.downcast_index(index)
+    while isinstance(inner, faiss.IndexPreTransform | faiss.IndexRefine):
+        wrapped = inner.index if isinstance(inner, faiss.IndexPreTransform) else inner.base_index
+        inner = faiss.downcast_index(wrapped)
+    return (16, MOST_CANDIDATES) if isinstance(inner, faiss.IndexHNSW) else (0, 0)
 
 
 def recall_at_k(found_ids: np.ndarray, true_ids: np.ndarray, true_similarities: np.ndarray, k: int) -> float:

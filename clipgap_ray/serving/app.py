@@ -7,18 +7,18 @@ from typing import Any
 
 from ray import serve
 
-from clipgap_ray import rundir, schema, store
+from clipgap_ray import schema, store
 from clipgap_ray.config.serve import ADMIN_VARIABLE, TOKEN_VARIABLE, ServeSettings, read_token
 from clipgap_ray.embeddings import check_same_encoder
 from clipgap_ray.encoder import EncoderSettings
 from clipgap_ray.errors import ConfigError
 from clipgap_ray.hidden import read_hidden
+from clipgap_ray.index_manifest import read_index, rows_of
 from clipgap_ray.serving import swap
 from clipgap_ray.serving.coverage import Coverage, recipe_uri
 from clipgap_ray.serving.deployments import ENCODER_BATCH, Gateway, GatewayConfig, bind_encoder, bind_shards
 from clipgap_ray.serving.guard import token_sha256
 from clipgap_ray.serving.messages import Limits
-from clipgap_ray.serving.metadata import Metadata
 
 
 def build_app(args: ServeSettings | Mapping[str, Any]) -> serve.Application:
@@ -35,21 +35,21 @@ def build_app(args: ServeSettings | Mapping[str, Any]) -> serve.Application:
     settings = args if isinstance(args, ServeSettings) else ServeSettings.load(args, "serve")
     token = check_exposure(settings)
     indexes = schema.named(settings.index, "--index")
-    manifests = {name: rundir.read_manifest(uri, "index") for name, uri in indexes.items()}
+    manifests = {name: read_index(uri) for name, uri in indexes.items()}
     encoder = encoder_settings(settings, next(iter(manifests.values())))
     fingerprint = encoder.build().fingerprint
     shards: dict[str, list[Any]] = {}
     split_files = {store.read_json(recipe_uri(uri))["name"]: uri for uri in settings.splits}
     for name, manifest in manifests.items():
         check_same_encoder(manifest["encoder"], fingerprint, (f"index {name}", "the service's --model"))
-        columns = Metadata(manifest["embeddings"]["uri"]).columns
-        read_hidden(settings.blocklist, settings.hide, columns)
+        read_hidden(settings.blocklist, settings.hide, rows_of(manifest).metadata_columns())
         shards[name] = bind_shards(indexes[name], manifest, split_files, settings.replicas, f"{name}-shard-")
     if settings.scores:
         Coverage(settings.scores, settings.splits).check(fingerprint)
     admin = read_token(ADMIN_VARIABLE)
     config = GatewayConfig(
         indexes=indexes,
+        versions={name: manifest["index_version"] for name, manifest in manifests.items()},
         encoder=encoder,
         limits=limits_of(settings),
         shard_timeout_s=settings.shard_timeout_s,

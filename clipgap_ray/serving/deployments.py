@@ -28,13 +28,13 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from clipgap_ray import rundir, store
+from clipgap_ray import store
 from clipgap_ray.config.serve import ServeSettings
-from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.encoder import EncoderSettings, check
 from clipgap_ray.errors import ClipgapError, ConfigError, ShardLostError
 from clipgap_ray.hidden import read_hidden
 from clipgap_ray.index import open_shard
+from clipgap_ray.index_manifest import read_index, rows_of
 from clipgap_ray.serving import swap
 from clipgap_ray.serving.admin import Admin
 from clipgap_ray.serving.api import make_api
@@ -74,14 +74,12 @@ class IndexShardDeployment:
         self, uri: str, version: str, splits: Mapping[str, str], number: int, others: Sequence[DeploymentHandle] = ()
     ) -> None:
         """Load the shard; `others` only makes the other shards of a version part of its application (`swap`)."""
-        manifest = rundir.read_manifest(uri, "index")
-        if manifest["index_version"] != version:
+        manifest = read_index(uri)
+        if manifest["index_version"] != version and manifest.get("complete", True):
             raise ConfigError(f"index shard {number}: {uri} is version {manifest['index_version']}, not {version}")
         self.uri, self.version = uri, version
         own = {name: store.read_array(path) for name, path in splits.items()}
-        self.shard = FilteredShard(
-            open_shard(uri, number, manifest), EmbeddingSet.open(manifest["embeddings"]["uri"]), own
-        )
+        self.shard = FilteredShard(open_shard(uri, number, manifest), rows_of(manifest), own)
         self._together = Together(self._answer, SEARCH_BATCH)
         self._one_mask = asyncio.Lock()
         os.nice(LATER)
@@ -160,6 +158,7 @@ class GatewayConfig:
 
     Attributes:
         indexes: Name -> folder, the default one first.
+        versions: Name -> the version that its shards were deployed with: a growing index has another one soon.
         encoder: Of the queries.
         limits: What one request may ask for.
         shard_timeout_s: Deadline of an index shard.
@@ -174,6 +173,7 @@ class GatewayConfig:
     """
 
     indexes: dict[str, str]
+    versions: dict[str, str]
     encoder: EncoderSettings
     limits: Limits
     shard_timeout_s: float
@@ -209,19 +209,22 @@ class Gateway:
         self.config, self.operator = config, operator
         self._listed = store.version_of(config.blocklist) if config.blocklist else ""
         self.hidden = read_hidden(config.blocklist)
-        searchers = {name: self._searcher(name, uri, shards[name]) for name, uri in config.indexes.items()}
+        searchers = {
+            name: self._searcher(name, uri, config.versions[name], shards[name]) for name, uri in config.indexes.items()
+        }
         coverage = Coverage(config.scores, config.splits) if config.scores else None
         self.backend = IndexBackend(searchers, RemoteEncoder(encoder), check(config.encoder), coverage)
         self._applications: dict[str, str] = {}  # of the versions that came after the deployment
         self._changing = asyncio.Lock()
 
-    def _searcher(self, name: str, uri: str, handles: Sequence[DeploymentHandle]) -> RemoteSearcher:
-        manifest = rundir.read_manifest(uri, "index")
-        rows = manifest["embeddings"]["uri"]
-        rules = read_hidden("", self.config.hide, EmbeddingSet.open(rows).metadata_columns()).rules
+    def _searcher(self, name: str, uri: str, version: str, handles: Sequence[DeploymentHandle]) -> RemoteSearcher:
+        manifest = read_index(uri)
+        rows = rows_of(manifest)
+        rules = read_hidden("", self.config.hide, rows.metadata_columns()).rules
         hidden = replace(self.hidden, rules=rules)
         metadata = Metadata(rows, manifest["modality"], hidden=hidden, uids=UidMap.of_index(uri, manifest))
-        return RemoteSearcher(index_info(name, manifest), list(handles), metadata, self.config.shard_timeout_s)
+        info = index_info(name, {**manifest, "index_version": version})
+        return RemoteSearcher(info, list(handles), metadata, self.config.shard_timeout_s)
 
     async def adopt(self, name: str, application: str, timeout_s: float = 60.0) -> bool:
         """Answer from the version of an index that another application holds, once all its shards answer here.
@@ -234,8 +237,8 @@ class Gateway:
         """
         async with self._changing:
             if self._applications.get(name) != application:
-                uri, handles = await swap.shards_of(application)
-                searcher = await asyncio.to_thread(self._searcher, name, uri, handles)
+                uri, version, handles = await swap.shards_of(application)
+                searcher = await asyncio.to_thread(self._searcher, name, uri, version, handles)
                 for _ in range(ATTEMPTS):  # the first call over a new handle may take seconds
                     if await searcher.shards_ok() == searcher.info.shards:
                         break

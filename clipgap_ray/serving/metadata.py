@@ -28,7 +28,7 @@ class Metadata:
     """Rows of a folder of embeddings by row id or uid; safe to use from several threads.
 
     Args:
-        uri: The folder that the index was built from.
+        source: The folder that the index was built from, or the set opened from it.
         modality: Whose vectors `vector` returns: image or text.
         cache_bytes: Memory for tables; one group is always kept.
         hidden: Rows that no answer may show.
@@ -40,13 +40,13 @@ class Metadata:
 
     def __init__(
         self,
-        uri: str,
+        source: str | EmbeddingSet,
         modality: str = "image",
         cache_bytes: int = CACHE_BYTES,
         hidden: Hidden | None = None,
         uids: UidMap | None = None,
     ) -> None:
-        self.rows = EmbeddingSet.open(uri)
+        self.rows = EmbeddingSet.open(source) if isinstance(source, str) else source
         self.uids = uids
         self.hidden = hidden or Hidden()
         self._columns = list(dict.fromkeys([*COLUMNS, *PLACE, *self.hidden.columns]))

@@ -23,9 +23,10 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from clipgap_ray import rundir, store
-from clipgap_ray.embeddings import EmbeddingSet, check_same_encoder
+from clipgap_ray import store
+from clipgap_ray.embeddings import check_same_encoder
 from clipgap_ray.errors import ClipgapError
+from clipgap_ray.index_manifest import read_index, rows_of
 from clipgap_ray.serving.admin import SwapState
 from clipgap_ray.serving.messages import ApiError
 
@@ -39,14 +40,15 @@ QUIET = {"log_level": "WARNING", "enable_access_log": False}
 Refusal = tuple[int, str, str, str | None]
 
 
-async def shards_of(application: str) -> tuple[str, list[DeploymentHandle]]:
-    """Return the folder of the version that an application holds, and a handle per shard."""
+async def shards_of(application: str) -> tuple[str, str, list[DeploymentHandle]]:
+    """Return the folder and the version that an application holds, and a handle per shard."""
     first = await asyncio.to_thread(serve.get_deployment_handle, "shard-0", application)
-    uri = (await first.describe.remote())["uri"]
-    manifest = await asyncio.to_thread(rundir.read_manifest, uri, "index")
+    held = await first.describe.remote()
+    uri = held["uri"]
+    manifest = await asyncio.to_thread(read_index, uri)
     names = [f"shard-{number}" for number in range(1, manifest["num_shards"])]
     others = [await asyncio.to_thread(serve.get_deployment_handle, name, application) for name in names]
-    return uri, [first, *others]
+    return uri, held["version"], [first, *others]
 
 
 def newest_versions() -> dict[str, str]:
@@ -205,11 +207,11 @@ def check_version(uri: str, before: str) -> dict[str, Any]:
     """Return the manifest of a folder that may take the place of another one.
 
     Raises:
-        DataError: If it holds no complete index, or its embeddings are not there.
+        DataError: If it holds no index, or its embeddings are not there.
         IndexMismatchError: If another encoder made it.
     """
-    manifest = rundir.read_manifest(uri, "index")
-    old = rundir.read_manifest(before, "index") if store.exists(before) else manifest
+    manifest = read_index(uri)
+    old = read_index(before) if store.exists(before) else manifest
     check_same_encoder(manifest["encoder"], old["encoder"], ("the new version", "the version before"))
-    EmbeddingSet.open(manifest["embeddings"]["uri"])
+    rows_of(manifest)
     return manifest

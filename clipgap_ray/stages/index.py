@@ -2,7 +2,8 @@
 
 The quantiser is trained once on a sample; K builder actors get it, add the parts p with p % K = their number, and
 save their shard. A part counts as done when the saved shard's manifest names it, so a crash or a rerun adds nothing
-twice. With `follow` the parts are taken as `embed` commits them. At the end recall@10 is measured through the
+twice. With `follow` the parts are taken as `embed` commits them, and the index is published as it grows: jobs and the
+service open what is saved so far. At the end recall@10 is measured through the
 actors against exact search, and `nprobe` is the smallest that reaches the target.
 
 Reads: `embeddings` layout. Writes: `clipgap_ray.index` layout. Unit of restart: the part; a shard is saved whenever
@@ -13,32 +14,40 @@ run the same command again for the rest.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from clipgap_ray import rundir, store, uidmap
 from clipgap_ray.config.index import IndexSettings
 from clipgap_ray.embeddings import EmbeddingSet, Part, identity, part_file
-from clipgap_ray.errors import ConfigError, DataError, ShardLostError, StaleOutputError
+from clipgap_ray.errors import ShardLostError, StaleOutputError
 from clipgap_ray.index import shard_uri
+from clipgap_ray.index_manifest import close_growing, hide_rows, publish_growing
 from clipgap_ray.kernels import faiss_index
-from clipgap_ray.kernels.nearest_exact import nearest
-from clipgap_ray.kernels.topk import merge_topk
 from clipgap_ray.stages.index_merge import merge_index
+from clipgap_ray.stages.index_recall import TARGET_RECALL, calibrate
 from clipgap_ray.stages.session import Progress, bounded, connect, logger, own_error
-from clipgap_ray.stages.sharded import ACTOR_CPUS, ShardActor, ShardedIndex, Source, read_empty, write_empty
+from clipgap_ray.stages.sharded import (
+    ACTOR_CPUS,
+    SAVE_EVERY_S,
+    ShardActor,
+    ShardedIndex,
+    Source,
+    read_empty,
+    write_empty,
+)
 
 BATCH_BYTES = 1 << 28  # rows that a builder reads and adds per call
+GROWING_EFFORT = 8  # while an index grows a search visits this fraction of the cells
+AWAY_S = 0.2  # between questions to a builder that is being restarted
 MAX_DEATHS = 3  # of all builders together, before the run gives up
 TRAIN_BYTES = 1 << 30
-RECALL_K = 10
-TARGET_RECALL = 0.95
 
 
 def open_source(settings: IndexSettings) -> Source:
@@ -47,32 +56,9 @@ def open_source(settings: IndexSettings) -> Source:
     Raises:
         DataError: If there is nothing to index, or nothing that `embed` has begun to write.
     """
-    uri = settings.source
-    if not settings.follow:
-        return Source(EmbeddingSet.open(uri), True, settings.modality)
-    if not store.exists(store.join(uri, "encoder.json")):
-        raise DataError(
-            f"{uri} has no encoder.json: no `clipgap embed` has begun to write there",
-            hint="start `clipgap embed` first, or correct the path",
-        )
-    # The manifest first: a part committed after this look is found by the next one.
-    path = store.join(uri, "manifest.json")
-    manifest = store.read_json(path) if store.exists(path) else None
-    encoder = manifest["encoder"] if manifest else store.read_json(store.join(uri, "encoder.json"))
-    records = _committed(uri)
-    parts = [Part(r["part"], r["rows"], r["shard"], r["files"]) for _, r in sorted(records.items())]
-    promised = {int(part) for part in manifest.get("shards", {})} if manifest else set()
-    rows = EmbeddingSet(uri, {**(manifest or {}), "encoder": encoder}, parts)
-    return Source(rows, manifest is not None and promised <= records.keys(), settings.modality)
-
-
-def _committed(uri: str) -> dict[int, dict[str, Any]]:
-    """Read a commit log that its writer may be compacting: a segment may vanish after it was listed, its records
-    are in a new one then."""
-    try:
-        return rundir.CommitLog(uri).records
-    except DataError:
-        return rundir.CommitLog(uri).records
+    if settings.follow:
+        return Source(*EmbeddingSet.open_growing(settings.follow), settings.modality)
+    return Source(EmbeddingSet.open(settings.embeddings), True, settings.modality)
 
 
 def run(settings: IndexSettings) -> rundir.Summary | dict[str, Any]:
@@ -84,10 +70,12 @@ def run(settings: IndexSettings) -> rundir.Summary | dict[str, Any]:
         ShardLostError: If builders die again and again.
     """
     summary = build(settings) if settings.source else None
+    hidden = hide_rows(settings.out, settings.blocklist) if settings.blocklist else None
     merged = merge_index(settings.out, settings.merge) if settings.merge else None
-    if summary is None:
-        return {"merged": settings.merge, **(merged or {})}
-    return summary
+    if summary is not None:
+        return summary
+    found: dict[str, Any] = {} if hidden is None else {"hidden": hidden}
+    return found if merged is None else {**found, "merged": settings.merge, **merged}
 
 
 def build(settings: IndexSettings) -> rundir.Summary:
@@ -101,18 +89,31 @@ def build(settings: IndexSettings) -> rundir.Summary:
         choice = _prepare(directory, settings)
         actor = ray.remote(ShardActor)
         builders: list[Any] = [
-            actor.options(num_cpus=ACTOR_CPUS, max_restarts=MAX_DEATHS).remote(directory.uri, n, building=True)
+            actor.options(
+                num_cpus=_builder_cpus(settings.shards), num_gpus=settings.gpus, max_restarts=MAX_DEATHS
+            ).remote(directory.uri, n, building=True)
             for n in range(settings.shards)
         ]
         try:
-            source = Build(directory, builders).fill(settings)
-            nprobe, recall = _calibrate(ShardedIndex(builders), source, settings, choice.key)
+            source = Build(directory, builders).fill(settings, choice)
+            nprobe, recall = calibrate(ShardedIndex(builders), source, settings, choice.key)
         finally:
             for builder in builders:
                 ray.kill(builder)
         manifest = _manifest(directory.uri, source, settings, choice, nprobe)
         manifest |= {"recall_at_10": recall, "uid_map": _map_uids(directory.uri, source)}
-        return directory.finish(manifest, key=choice.key, recall_at_10=recall)
+        summary = directory.finish(manifest, key=choice.key, recall_at_10=recall)
+        close_growing(directory.uri)
+        return summary
+
+
+def _builder_cpus(shards: int) -> float:
+    """CPUs of a builder: all of them hold theirs for the whole build, and take no more than half of what there is.
+
+    So some node has room for a task of half a CPU, whichever way the builders lie.
+    """
+    there = ray.cluster_resources().get("CPU", 0.0)
+    return min(ACTOR_CPUS, math.floor(1e4 * there / 2 / shards) / 1e4) or ACTOR_CPUS
 
 
 def _map_uids(uri: str, source: Source) -> dict[str, Any]:
@@ -120,7 +121,8 @@ def _map_uids(uri: str, source: Source) -> dict[str, Any]:
     path = store.join(uri, "manifest.json")
     before = store.read_json(path).get("uid_map") if store.exists(path) else None
     task = ray.remote(num_cpus=0.5)(uidmap.write)
-    written: dict[str, Any] = next(bounded(lambda _: task.remote(uri, source.rows, before), [0]))
+    needs = {"CPU": 0.5}
+    written: dict[str, Any] = next(bounded(lambda _: task.remote(uri, source.rows, before), [0], needs=needs))
     return written
 
 
@@ -137,7 +139,9 @@ def _manifest(
         "key_reason": choice.reason,
         "nprobe": nprobe,
         "embeddings": {"uri": source.rows.uri, "digest": source.rows.digest},
-        "shards": [{"number": s["number"], "rows": s["rows"], "parts": len(s["parts"])} for s in shards],
+        "shards": [
+            {"number": s["number"], "rows": s["rows"], "parts": len(s["parts"]), "files": s["files"]} for s in shards
+        ],
         "index_version": store.digest([choice.key, nprobe, *(s["files"] for s in shards)])[:16],
     }
 
@@ -159,8 +163,9 @@ def _prepare(directory: rundir.RunDirectory, settings: IndexSettings) -> faiss_i
             time.sleep(settings.poll_s)
             source = open_source(settings)
     logger.info("index: key %s per shard (%s)", choice.key, choice.reason)
-    task = ray.remote(num_cpus=0.5)(_train)
-    data = next(bounded(lambda _: task.remote(source, choice.key, settings.seed), [0]))
+    task = ray.remote(num_cpus=0.5, num_gpus=settings.gpus)(_train)
+    needs = {"CPU": 0.5, **({"GPU": settings.gpus} if settings.gpus else {})}
+    data = next(bounded(lambda _: task.remote(source, choice.key, settings.seed), [0], needs=needs))
     write_empty(directory.uri, choice, data)
     return choice
 
@@ -184,24 +189,8 @@ def _expected_rows(source: Source) -> int:
 
 def _train(source: Source, key: str, seed: int) -> bytes:
     wanted = min(faiss_index.training_rows(key, source.rows.dim), TRAIN_BYTES // (4 * source.rows.dim))
-    rows, _ = _sample(source, wanted, seed)
+    rows, _ = source.sample(wanted, seed)
     return faiss_index.to_bytes(faiss_index.train_empty(key, source.rows.dim, rows, seed))
-
-
-def _sample(source: Source, num_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """About `num_rows` (m, d) float16 rows with their row ids, from all over the source."""
-    share = min(1.0, num_rows / max(source.rows.num_rows, 1))
-    rows, ids = [np.zeros((0, source.rows.dim), np.float16)], [np.zeros(0, np.int64)]
-    generator = np.random.default_rng(seed)
-    for part in source.rows.parts if num_rows else ():
-        # Rounding up or down at random keeps the expectation when a part contributes less than one row.
-        count = int(share * part.num_rows + generator.random())
-        if count:
-            all_rows, all_ids = source.read(part.number)
-            chosen = np.sort(generator.permutation(len(all_rows))[:count])
-            rows.append(all_rows[chosen])
-            ids.append(all_ids[chosen])
-    return np.concatenate(rows), np.concatenate(ids)
 
 
 class Build:
@@ -212,9 +201,14 @@ class Build:
         self.builders = builders
         self.deaths = 0
         self.held: list[dict[int, int]] = [{} for _ in builders]
+        self._away: set[int] = set()  # builders that are being restarted
+        self._shown, self._show_at = 0, 0.0  # parts in what was published last, and when it is due again
 
-    def fill(self, settings: IndexSettings) -> Source:
-        """Add every part of the source, waiting for more while it grows; all are saved and committed at return."""
+    def fill(self, settings: IndexSettings, choice: faiss_index.Choice) -> Source:
+        """Add every part of the source, waiting for more while it grows; all are saved and committed at return.
+
+        While it grows the index can be opened as far as it is saved (`clipgap_ray.index.read_index`).
+        """
         self._on_all("held")
         source = open_source(settings)
         progress = Progress("index", len(source.rows.parts), "parts", done=sum(map(len, self.held)))
@@ -226,10 +220,22 @@ class Build:
             if source.complete and self._on_all("save") and not self._missing(source):
                 break
             if not source.complete:
+                self._publish(source, settings, choice)
                 time.sleep(settings.poll_s)
         self._commit(source)
         progress.close()
         return source
+
+    def _publish(self, source: Source, settings: IndexSettings, choice: faiss_index.Choice) -> None:
+        """Save all shards and let others open them: the first parts at once, later ones when saving is worth it."""
+        began, held = time.monotonic(), sum(map(len, self.held))
+        if held == self._shown or began < self._show_at or not self._on_all("save"):
+            return
+        least, most = ray.get(self.builders[0].efforts.remote())
+        nprobe = max(least, most // GROWING_EFFORT)  # recall is measured at the end
+        publish_growing(self.directory.uri, _manifest(self.directory.uri, source, settings, choice, nprobe))
+        now = time.monotonic()
+        self._shown, self._show_at = held, now + max(SAVE_EVERY_S, 10 * (now - began))
 
     def _missing(self, source: Source) -> list[Part]:
         return [p for p in source.rows.parts if p.number not in self.held[p.number % len(self.builders)]]
@@ -275,15 +281,19 @@ class Build:
     def _update(self, number: int, call: Any) -> bool:
         try:
             self.held[number] = ray.get(call)
+            self._away.discard(number)
             return True
         except RayActorError as error:
-            self.deaths += 1
+            if not (isinstance(error, ActorUnavailableError) and number in self._away):  # the same death still
+                self.deaths += 1
             if self.deaths > MAX_DEATHS:
                 raise ShardLostError(
                     f"the builder of index shard {number} with {sum(self.held[number].values())} rows died: {error}",
                     hint="is the memory enough? use more --shards; running again continues",
                 ) from None
             self.held[number] = {}  # unknown: parts that it still holds are skipped when they are added again
+            self._away.add(number)
+            time.sleep(AWAY_S)
             return False
         except RayTaskError as error:
             raise own_error(error) from None
@@ -311,51 +321,3 @@ def _take(queue: deque[int], rows: dict[int, int], dim: int) -> list[int]:
     while queue and (sum(rows[part] for part in batch) + rows[queue[0]]) * dim * 2 <= BATCH_BYTES:
         batch.append(queue.popleft())
     return batch
-
-
-def _calibrate(index: ShardedIndex, source: Source, settings: IndexSettings, key: str) -> tuple[int, float]:
-    """Return the smallest nprobe that reaches the target recall@10 (0 where there are no cells) and that recall."""
-    queries, own = _sample(source, settings.recall_queries, settings.seed + 1)
-    if not len(queries):
-        return 0, 1.0
-    true_similarities, true_ids = _drop_own(*_exact(source, queries), own)
-    target = TARGET_RECALL if settings.min_recall is None else settings.min_recall
-    cells = max(ray.get([actor.cells.remote() for actor in index.actors]))
-    nprobe = 1 if cells else 0
-    while True:
-        _, found = _drop_own(*index.search(queries, RECALL_K + 1, nprobe or None), own)
-        recall = faiss_index.recall_at_k(found, true_ids, true_similarities, RECALL_K)
-        if recall >= target or nprobe >= cells:
-            break
-        nprobe = min(2 * nprobe, cells)
-    logger.info("index: recall@10 %.4f over %d queries, nprobe %d", recall, len(queries), nprobe)
-    if settings.min_recall is not None and recall < settings.min_recall:
-        raise ConfigError(
-            f"recall@10 of key {key} is {recall:.4f} over {len(queries)} queries (nprobe {nprobe} of {cells} cells), "
-            f"below --min-recall {settings.min_recall:g}",
-            hint="use --key Flat, a key with longer codes or a refinement, or a lower --min-recall",
-        )
-    return nprobe, recall
-
-
-def _exact(source: Source, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Exact neighbours of (nq, d) queries over the whole source, enough of them to see ties at the tenth."""
-    width = 2 * RECALL_K + 1
-    shared = ray.put((source, queries))
-    # Half a CPU: builders hold theirs meanwhile, and where each is on a node of one CPU, no node has a whole one free.
-    task = ray.remote(num_cpus=0.5)(_exact_in_group)
-    parts = bounded(lambda group: task.remote(shared, group, width), source.rows.groups(BATCH_BYTES),
-                    needs={"CPU": 0.5})  # fmt: skip
-    return merge_topk(list(parts), width)
-
-
-def _exact_in_group(shared: Any, group: list[Part], width: int) -> tuple[np.ndarray, np.ndarray]:
-    source, queries = shared
-    similarities, row_ids = nearest(queries, (source.read(part.number) for part in group), width)
-    return similarities.astype(np.float32), row_ids
-
-
-def _drop_own(similarities: np.ndarray, row_ids: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Remove every query itself from its neighbours: finding oneself says nothing about recall."""
-    others = np.where(row_ids == own[:, None], np.int64(-1), row_ids)
-    return merge_topk([(similarities, others)], row_ids.shape[1])

@@ -14,10 +14,11 @@ import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from clipgap_ray import rundir, schema, store
+from clipgap_ray import schema, store
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import DataError, ShardLostError
 from clipgap_ray.index import Answer, IndexShard, check_queries, open_shard, shard_uri
+from clipgap_ray.index_manifest import read_index
 from clipgap_ray.kernels import faiss_index
 from clipgap_ray.kernels.topk import merge_topk
 from clipgap_ray.stages.session import logger, own_error
@@ -39,6 +40,21 @@ class Source:
         rows = np.asarray(self.rows.images(part) if self.modality == "image" else self.rows.texts(part))
         known = np.ones(len(rows), bool) if self.modality == "image" else rows.any(axis=1)
         return rows[known], schema.row_ids(part, len(rows))[known]
+
+    def sample(self, num_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return about `num_rows` (m, d) float16 rows with their row ids, from all over the source."""
+        share = min(1.0, num_rows / max(self.rows.num_rows, 1))
+        rows, ids = [np.zeros((0, self.rows.dim), np.float16)], [np.zeros(0, np.int64)]
+        generator = np.random.default_rng(seed)
+        for part in self.rows.parts if num_rows else ():
+            # Rounding up or down at random keeps the expectation when a part contributes less than one row.
+            count = int(share * part.num_rows + generator.random())
+            if count:
+                all_rows, all_ids = self.read(part.number)
+                chosen = np.sort(generator.permutation(len(all_rows))[:count])
+                rows.append(all_rows[chosen])
+                ids.append(all_ids[chosen])
+        return np.concatenate(rows), np.concatenate(ids)
 
 
 def write_empty(uri: str, choice: faiss_index.Choice, empty: bytes) -> None:
@@ -73,7 +89,7 @@ class ShardActor:
         self.uri = shard_uri(uri, number)
         self._saved_at, self._save_s, self._unsaved = time.monotonic(), 0.0, False
         if not building:
-            self.shard = open_shard(uri, number, rundir.read_manifest(uri, "index"))
+            self.shard = open_shard(uri, number, read_index(uri))
             return
         self.shard = IndexShard(faiss_index.from_bytes(read_empty(uri)), number)
         if store.exists(self.uri) or store.exists(self.uri + ".old"):
@@ -107,9 +123,9 @@ class ShardActor:
         """Search this shard, see `IndexShard.search`."""
         return self.shard.search(queries, k, nprobe)
 
-    def cells(self) -> int:
-        """Return the number of IVF cells, 0 for other keys."""
-        return faiss_index.num_cells(self.shard.index)
+    def efforts(self) -> tuple[int, int]:
+        """Return the smallest and the largest sensible `nprobe`, see `faiss_index.efforts`."""
+        return faiss_index.efforts(self.shard.index)
 
 
 class ShardedIndex:
@@ -122,8 +138,8 @@ class ShardedIndex:
 
     @classmethod
     def open(cls, uri: str, num_cpus: float = ACTOR_CPUS, timeout_s: float = 60.0) -> Self:
-        """Open a complete index: one actor per shard, restarted and reloaded by itself when it dies."""
-        manifest = rundir.read_manifest(uri, "index")
+        """Open an index, complete or growing: one actor per shard, restarted and reloaded by itself when it dies."""
+        manifest = read_index(uri)
         actor = ray.remote(ShardActor).options(num_cpus=num_cpus, max_restarts=-1, scheduling_strategy="SPREAD")
         actors = [actor.remote(uri, number) for number in range(manifest["num_shards"])]
         return cls(actors, manifest, timeout_s)

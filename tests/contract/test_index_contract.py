@@ -11,7 +11,8 @@ import pytest
 
 from clipgap_ray import rundir, schema
 from clipgap_ray.errors import DataError, IndexMismatchError
-from clipgap_ray.index import IndexShard, LocalIndex, shard_uri, write_excluded
+from clipgap_ray.index import IndexShard, LocalIndex, shard_uri
+from clipgap_ray.index_manifest import write_excluded
 from clipgap_ray.kernels import faiss_index
 from clipgap_ray.kernels.topk import exact_topk
 

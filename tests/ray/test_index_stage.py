@@ -132,12 +132,18 @@ def test_follow_adds_parts_as_they_are_committed_until_the_manifest_is_there(tmp
         follower = threading.Thread(target=lambda: result.append(stage.run(settings)))
         follower.start()
         _until(lambda: store.exists(f"{out}/key.json"))  # it works on what there is
+        _until(lambda: store.exists(f"{out}/growing.json"))
+        growing = LocalIndex.open(out)  # it answers before the job ends
+        assert growing.search(parts[2][:3], 1)[1].ravel().tolist() == schema.row_ids(2, 3).tolist()
+        with pytest.raises(DataError, match="is not complete"):
+            rundir.read_manifest(out, "index")
         for number in (0, 1):
             directory.log.append([write_part(source, number, parts[number])])
         assert follower.is_alive()
         directory.finish({"encoder": FINGERPRINT, "shards": {"0": "a", "1": "b", "2": "c"}})
     follower.join(60)
     assert result[0].kept == 60
+    assert not store.exists(f"{out}/growing.json")
     _agrees(out, parts)
     # The same index, whether it was built during or after.
     assert stage.run(IndexSettings(embeddings=source, out=out, recall_queries=5)).parts_skipped == 3

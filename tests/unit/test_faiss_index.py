@@ -49,6 +49,60 @@ def test_flat_answers_do_not_depend_on_the_batch() -> None:
     assert np.array_equal(together[1], np.concatenate([i for _, i in alone]))
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 1000), num_queries=st.integers(1, 40), k=st.integers(1, 40), share=st.floats(0, 1),
+    block=st.sampled_from([7, 64, 1 << 14]),
+)  # fmt: skip
+def test_some_rows_only_are_the_oracle_of_these_rows(
+    seed: int, num_queries: int, k: int, share: float, block: int
+) -> None:
+    """Few queries by FAISS's selector, many by products: the same bits."""
+    base = np.repeat(_rows(150, seed=seed), 3, axis=0)
+    row_ids = np.random.default_rng(seed).permutation(5000)[: len(base)].astype(np.int64)
+    keep = np.random.default_rng(seed + 1).random(len(base)) < share
+    queries = np.concatenate([_rows(num_queries, seed=seed + 2), base[:2]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faiss_index, "MASKED_ROWS", block)
+        found = faiss_index.search(_built(base), row_ids, queries, k, keep=keep)
+    expected = exact_topk(queries, base[keep], row_ids[keep], k)
+    assert np.array_equal(found[0], expected[0])
+    assert np.array_equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("key", ["IVF8,Flat", "IVF8,PQ4x4", "OPQ4_16,IVF8,PQ4x4"])
+def test_cells_found_on_another_device_are_the_same(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's part (k-means' and the rows' cells) handed to a flat index of the CPU, as the GPU's would be."""
+    base, row_ids = _rows(600), np.arange(600)
+    expected = faiss_index.search(_built(base, key), row_ids, base[:20], 10, nprobe=8)
+    asked: list[int] = []
+
+    def flat(dim: int, metric: int) -> faiss.Index:
+        asked.append(dim)
+        return faiss.IndexFlatIP(dim) if metric == faiss.METRIC_INNER_PRODUCT else faiss.IndexFlatL2(dim)
+
+    monkeypatch.setattr(faiss_index, "gpu_flat", flat)
+    found = faiss_index.search(_built(base, key), row_ids, base[:20], 10, nprobe=8)
+    assert asked
+    assert np.array_equal(found[1], expected[1])
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-6)
+
+
+def test_more_candidates_of_hnsw_find_more() -> None:
+    base, row_ids = _rows(3000, 32), np.arange(3000)
+    index, queries = _built(base, "HNSW4"), _rows(50, 32, seed=1)
+    true_similarities, true_ids = exact_topk(queries, base, row_ids, 10)
+    least, most = faiss_index.efforts(index)
+    recalls = [
+        faiss_index.recall_at_k(
+            faiss_index.search(index, row_ids, queries, 10, effort)[1], true_ids, true_similarities, 10
+        )
+        for effort in (least, most)
+    ]
+    assert recalls[0] < recalls[1]
+    assert (faiss_index.efforts(_built(base)), faiss_index.efforts(_built(base, "IVF8,Flat"))) == ((0, 0), (1, 8))
+
+
 def test_queries_are_rounded_as_the_stored_rows_are() -> None:
     base = _rows(50)
     query = base[:1].astype(np.float32) * np.float32(1.0001)  # rounds back to the stored row

@@ -13,7 +13,8 @@ import pytest
 from clipgap_ray import cli, rundir, schema, store
 from clipgap_ray.config.index import IndexSettings
 from clipgap_ray.errors import ConfigError, DataError, StaleOutputError
-from clipgap_ray.index import IndexShard, LocalIndex, shard_uri, write_excluded
+from clipgap_ray.index import IndexShard, LocalIndex, shard_uri
+from clipgap_ray.index_manifest import write_excluded
 from clipgap_ray.kernels import faiss_index
 from clipgap_ray.kernels.faiss_merge import LEFT_OUT, merge
 from clipgap_ray.stages.index import run
