@@ -2,47 +2,89 @@
 
 A plugin of tests/conftest.py and not a conftest beside its tests: with several processes the one that prints knows only
 the conftest of what was named on the command line.
+
+A cell is FAILED from before its test's fixtures are made until the test itself says what came of the fault. In the
+page, only what is between the two marks is written, and of that only the cells of tests that ran.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-HEAD = """# Faults and what comes of them
+FAILED = "FAILED"
+BEGIN, END = "<!-- table of faults: written by tests/fault_table.py -->", "<!-- end of the table -->"
 
-Each stage runs on two simulated nodes of one CPU (object stores of 100 MB) and is struck once, at a moment drawn from
-the seed in its cell. Its result is then compared, byte by byte, with that of a run that nobody disturbed. To write this
-page: `CLIPGAP_FAULT_TABLE=docs/faults.md pytest tests/cluster/test_faults.py`; to repeat a cell, add
-`-k "death and worker and score"`; for other moments, put `CLIPGAP_FAULT_SEED=7` before it.
+Cells = dict[tuple[str, str], str]  # by stage and fault
 
-* **healed**: Ray and the stage went on by themselves; the command ended with success.
-* **rerun**: the command ended, and the same command given again finished the work.
 
-A disk without space is always an error that names the file; after room was made, the same command finishes.
-
-"""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Begin the cell of a test that is marked `fault`: its column is the mark's name, else the parameter `victim`."""
+    mark = item.get_closest_marker("fault")
+    if mark is not None:
+        params = item.callspec.params  # type: ignore[attr-defined]
+        item.user_properties.append(
+            ("fault", (params["stage"], mark.args[0] if mark.args else params["victim"], FAILED))
+        )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the table, and write it where CLIPGAP_FAULT_TABLE says."""
-    cells: dict[tuple[str, str], str] = {}
-    for kind in ("passed", "failed"):
-        for report in terminalreporter.getreports(kind):
-            for name, value in report.user_properties:
-                if name == "fault":
-                    stage, fault, result = value
-                    cells[stage, fault] = result if kind == "passed" else "FAILED"
+    """Print the cells of this run, and put them into the page that CLIPGAP_FAULT_TABLE names."""
+    cells: Cells = {}
+    for kind in ("passed", "failed", "error"):
+        cells |= cells_of(terminalreporter.getreports(kind), passed=kind == "passed")
     if not cells:
         return
+    terminalreporter.section("faults")
+    for line in lines_of(cells):
+        terminalreporter.line(line)
+    if target := os.environ.get("CLIPGAP_FAULT_TABLE"):
+        page = Path(target)
+        page.write_text(with_cells(page.read_text() if page.exists() else "", cells))
+
+
+def cells_of(reports: Iterable[pytest.TestReport], *, passed: bool) -> Cells:
+    """Return the cells of reports; of a test that did not pass, FAILED whatever it said."""
+    found = {}
+    for report in reports:
+        for name, value in report.user_properties:
+            if name == "fault":
+                stage, fault, result = value  # type: ignore[misc]
+                found[stage, fault] = result if passed else FAILED
+    return found
+
+
+def lines_of(cells: Cells) -> list[str]:
+    """Return a table in Markdown: stages and faults in the order in which they come."""
     stages = list(dict.fromkeys(stage for stage, _ in cells))
     faults = list(dict.fromkeys(fault for _, fault in cells))
     lines = [f"| stage | {' | '.join(faults)} |", "|---|" + "---|" * len(faults)]
-    lines += [f"| {stage} | {' | '.join(cells.get((stage, fault), '') for fault in faults)} |" for stage in stages]
-    terminalreporter.section("faults")
-    for line in lines:
-        terminalreporter.line(line)
-    if target := os.environ.get("CLIPGAP_FAULT_TABLE"):
-        Path(target).write_text(HEAD + "\n".join(lines) + "\n")
+    return lines + [
+        f"| {stage} | {' | '.join(cells.get((stage, fault), '') for fault in faults)} |" for stage in stages
+    ]
+
+
+def cells_in(table: str) -> Cells:
+    """Read what `lines_of` wrote."""
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in table.splitlines() if "|" in line]
+    if not rows:
+        return {}
+    _, *faults = rows[0]
+    return {(stage, fault): cell for stage, *row in rows[2:] for fault, cell in zip(faults, row, strict=True) if cell}
+
+
+def with_cells(page: str, cells: Cells) -> str:
+    """Return a page with these cells in its table: others stay, and so does all text outside the marks.
+
+    A page without a table gets one at its end.
+    """
+    before, begin, rest = page.partition(f"{BEGIN}\n")
+    table, _, after = rest.partition(END)
+    if not begin:
+        before, after = page + ("\n" if page else ""), "\n"
+    lines = lines_of({**cells_in(table), **cells})
+    return f"{before}{BEGIN}\n" + "\n".join(["", *lines, "", ""]) + f"{END}{after}"

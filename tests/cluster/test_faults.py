@@ -1,7 +1,8 @@
 """Every stage, every fault: the outcome is the same bytes, at once or after the same command is given again.
 
 A fault happens at a moment drawn from a seed within the time that the stage takes undisturbed; CLIPGAP_FAULT_SEED moves
-them all. The table of outcomes is printed at the end, and CLIPGAP_FAULT_TABLE=docs/faults.md writes it there.
+them all. The table of outcomes is printed at the end, and CLIPGAP_FAULT_TABLE=docs/faults.md puts it there: the mark
+`fault` begins a test's cell with FAILED, and `outcome` ends it.
 """
 
 from __future__ import annotations
@@ -141,10 +142,11 @@ def lab(
 
 @pytest.fixture
 def outcome(record_property: Callable[[str, object], None]) -> Callable[..., None]:
-    """Write a line into the table of faults."""
+    """Write a cell of the table of faults."""
     return lambda stage, fault, result: record_property("fault", (stage, fault, result))
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("victim", ["driver", "worker", "node"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_death_at_any_moment_changes_no_byte(
@@ -177,6 +179,7 @@ def test_a_death_at_any_moment_changes_no_byte(
     outcome(stage, victim, f"{how} (seed {seed})")
 
 
+@pytest.mark.fault("full object store")
 @pytest.mark.parametrize("stage", STAGES)
 def test_full_object_stores_change_no_byte(lab: Lab, stage: str, tmp_path: Path, outcome: Callable[..., None]) -> None:
     expected, _ = lab.undisturbed(stage, tmp_path)
@@ -187,6 +190,7 @@ def test_full_object_stores_change_no_byte(lab: Lab, stage: str, tmp_path: Path,
     outcome(stage, "full object store", "healed")
 
 
+@pytest.mark.fault("full disk")
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_full_disk_is_a_clear_error_and_loses_nothing(
     lab: Lab, stage: str, tmp_path: Path, outcome: Callable[..., None]
@@ -214,6 +218,7 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(
     outcome(stage, "full disk", "clear error, then rerun")
 
 
+@pytest.mark.fault("slow, failing S3")
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_slow_and_failing_s3_changes_no_byte(
     lab: Lab, stage: str, tmp_path: Path, outcome: Callable[..., None]
