@@ -7,6 +7,7 @@ them all. The table of outcomes is printed at the end, and CLIPGAP_FAULT_TABLE=d
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from clipgap_ray import schema, store
 from clipgap_ray.config.dedup import DedupSettings
@@ -50,7 +52,7 @@ RESULTS = {
     "dedup": ("keep/", "groups", "found.json"),
     "export": ("0", "sizes.json", "sample_ids.npy", "meta.json"),
     "index": ("shard_00000/index.faiss", "shard_00001/index.faiss", "uidmap"),
-    "train": ("metrics.jsonl",),
+    "train": ("metrics.jsonl", "checkpoint.pt"),
     "evaluate": ("val.parquet", "sketch.parquet", "r.parquet"),
 }
 #: Columns of training's log that say how fast it was, not what came out.
@@ -114,7 +116,16 @@ def results(stage: str, files: dict[str, bytes]) -> dict[str, bytes]:
         rows = [json.loads(line) for line in chosen["metrics.jsonl"].splitlines()]
         kept = [{key: value for key, value in row.items() if key not in OF_THE_CLOCK} for row in rows]
         chosen["metrics.jsonl"] = json.dumps(kept).encode()
+        chosen["checkpoint.pt"] = weights(chosen["checkpoint.pt"])
     return chosen
+
+
+def weights(checkpoint: bytes) -> bytes:
+    """The sha256 of every tensor, with name, type and shape: how torch packs them into a file is not the result."""
+    state = torch.load(io.BytesIO(checkpoint), map_location="cpu", weights_only=True)["state_dict"]
+    lines = {name: [str(t.dtype), list(t.shape), store.sha256(t.numpy().tobytes())] for name, t in state.items()}
+    assert lines
+    return json.dumps(lines, sort_keys=True).encode()
 
 
 def too_small(stage: str, expected: dict[str, bytes]) -> int:
