@@ -106,9 +106,21 @@ def _read_condition(text: str) -> dict[str, Any]:
         return {"split": value}
     if sign != "=":
         return {"column": name, "at_least" if sign == ">=" else "at_most": _number(text, value)}
-    is_text = name in schema.METADATA.names and pa.types.is_string(schema.METADATA.field(name).type)
-    values = [one if is_text else _number(text, one) for one in value.split("|")]
+    values = [_value(text, name, one) for one in value.split("|")]
     return {"column": name, "equals": values[0]} if len(values) == 1 else {"column": name, "any_of": values}
+
+
+def _value(text: str, name: str, one: str) -> str | float:
+    """A value of a column; of one that only the service knows, a number where it reads as one."""
+    known = name in schema.METADATA.names
+    if known and pa.types.is_string(schema.METADATA.field(name).type):
+        return one
+    try:
+        return _number(text, one)
+    except ConfigError:
+        if known:
+            raise
+        return one
 
 
 def _number(text: str, value: str) -> float:

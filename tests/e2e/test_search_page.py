@@ -101,6 +101,18 @@ def test_the_filter_shows_only_what_a_split_keeps(page):
     page.wait(f"{kept}.length === 20 && {kept}.every(text => text.includes('near'))")
 
 
+def test_conditions_are_typed_and_mistakes_are_said(page, tmp_path):
+    page.size(1200, 900)
+    search(page, "a photo of a cat")
+    page.run("where.value = 'width>=1 clip_score<=-0.9'; where.dispatchEvent(new Event('change'))")
+    page.wait(f"{COUNT} === 0")
+    page.run("where.value = 'width>=1'; where.dispatchEvent(new Event('change'))")
+    page.wait(f"{COUNT} === 20")
+    page.screenshot(tmp_path / "where.png")
+    page.run("where.value = 'wide images'; where.dispatchEvent(new Event('change'))")
+    page.wait("document.getElementById('status').textContent.includes('Expected for example')")
+
+
 def test_a_dropped_image_is_searched_and_classified(page, address):
     pixels = (
         "fetch('/v1/thumbnails/3').then(r => r.blob()).then(blob => {"

@@ -81,6 +81,7 @@ function showQuery() {
   $("query").hidden = false;
   $("query-words").textContent = file ? file.name : uid ? "This training image" : `“${text}”`;
   $("query-image").hidden = !(file || uid);
+  URL.revokeObjectURL($("query-image").src); // of the file before; of an address it does nothing
   if (file) $("query-image").src = URL.createObjectURL(file);
   if (uid) show($("query-image"), thumbnail(row));
   $("text").value = text ?? "";
@@ -90,7 +91,21 @@ function showQuery() {
 
 // --- results -----------------------------------------------------------------------------------------------
 
-const filter = () => [...document.querySelectorAll("#filters input:checked")].map((box) => ({ split: box.value }));
+const filter = () => [
+  ...[...document.querySelectorAll("#filters input:checked")].map((box) => ({ split: box.value })),
+  ...conditions($("where").value),
+];
+
+// `width>=512 label=cat caption="a red bird"`, as for `clipgap query --filter`; in quotes a number is a text.
+function conditions(words) {
+  const term = /(\w+)\s*(>=|<=|=)\s*(?:"([^"]*)"|(\S+))/g;
+  const left = words.replace(term, "").trim();
+  if (left) throw new Error(`Where “${left}”? Expected for example width>=512 label=cat`);
+  const tests = { ">=": "at_least", "<=": "at_most", "=": "equals" };
+  return [...words.matchAll(term)].map(([, column, sign, quoted, plain]) => ({
+    column, [tests[sign]]: quoted ?? (Number.isNaN(Number(plain)) ? plain : Number(plain)),
+  }));
+}
 
 const showResults = () => $("results").replaceChildren(...state.neighbours.map(card));
 
@@ -139,7 +154,8 @@ function histogram(test, similarity) {
   figure.innerHTML = `<figcaption></figcaption><svg viewBox="0 0 100 30" preserveAspectRatio="none" aria-hidden="true">
     ${bars.join("")}<polyline class="reference" points="${line}"/><line class="here" x1="${place}" x2="${place}" y1="0" y2="30"/>
     </svg><div class="axis"><span>${low.toFixed(2)}</span><span>${high.toFixed(2)}</span></div>`;
-  const standing = `${test.test}: nearer to the training set than ${test.percentile.toFixed(0)} % of its ${info.rows}`;
+  const share = test.percentile === null ? "?" : test.percentile.toFixed(0);
+  const standing = `${test.test}: nearer to the training set than ${share} % of its ${info.rows}`;
   const margin = test.margin === null ? "" : test.margin > 0
     ? "; closer to one of its images than the reference is" : "; no closer to it than the reference";
   figure.firstElementChild.textContent = standing + margin;
@@ -213,10 +229,15 @@ $("ask").addEventListener("submit", (event) => {
   if ($("text").value.trim()) ask({ text: $("text").value.trim() });
 });
 $("file").addEventListener("change", () => $("file").files[0] && ask({ file: $("file").files[0] }));
-document.querySelector(".file").addEventListener("keydown", (event) => event.key === "Enter" && $("file").click());
+document.querySelector(".file").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" && event.key !== " ") return;
+  event.preventDefault();
+  $("file").click();
+});
 $("k").addEventListener("input", () => ($("count").value = $("k").value));
 $("k").addEventListener("change", () => state.query && ask(state.query, false));
-$("index").addEventListener("change", () => state.query?.text && ask(state.query, false));
+$("index").addEventListener("change", () => state.query && ask(state.query, false));
+$("where").addEventListener("change", () => state.query && ask(state.query, false));
 $("token").addEventListener("change", start);
 $("classify").addEventListener("click", classify);
 addEventListener("popstate", restore);
