@@ -1,8 +1,8 @@
 """Is a test set inside a pool? Duplicates, gap and coverage from embeddings alone: no training, no Ray.
 
 Reads: embeddings of a pool, of test sets, of a reference or thresholds files; predictions; for the positive control and
-the pictures the images, by byte range. Writes: OUT/audit.json, OUT/index.html (self-contained), OUT/pairs.csv,
-OUT/summary.json. `Summary.extra["exit_code"]` is 4 when a `--fail-on` rule holds.
+the pictures the images, by byte range. Writes: OUT/audit.json, OUT/index.html (self-contained), OUT/tests.csv,
+OUT/pairs.csv, OUT/summary.json. `Summary.extra["exit_code"]` is 4 when a `--fail-on` rule holds.
 """
 
 from __future__ import annotations
@@ -65,9 +65,11 @@ def run(settings: AuditSettings) -> rundir.Summary:
         "coverage": coverage,
         "tests": results,
         "failed_rules": failed,
+        "inputs": _inputs(settings, predictions),
         "settings": settings.fingerprint(),
     }
     store.write_json(store.join(settings.out, "audit.json"), report)
+    store.write_bytes(store.join(settings.out, "tests.csv"), page.csv_bytes([_flat(result) for result in results]))
     pairs = [{"test": result["test"], **pair} for result in results for pair in result["pairs"]]
     if pairs:
         store.write_bytes(store.join(settings.out, "pairs.csv"), page.csv_bytes(pairs))
@@ -79,6 +81,39 @@ def run(settings: AuditSettings) -> rundir.Summary:
     summary.extra.update(verdicts=verdicts, failed_rules=failed, exit_code=code)
     store.write_json(store.join(settings.out, "summary.json"), summary.as_dict())
     return summary
+
+
+def _inputs(settings: AuditSettings, predictions: dict[str, str]) -> dict[str, str]:
+    """Name what was read beside pool and test sets by its content: reference, thresholds, predictions, lists."""
+    files = [*audit_pool.per_test(settings.thresholds, settings, "--thresholds").values(), *predictions.values()]
+    files += filter(None, (settings.recall, settings.blocklist))
+    found = {path: store.sha256(store.read_bytes(path)) for path in files}
+    return found | ({settings.reference: EmbeddingSet.open(settings.reference).digest} if settings.reference else {})
+
+
+def _flat(result: dict[str, Any]) -> dict[str, Any]:
+    """One line per test set for tests.csv: rates with their intervals; None where something is not known."""
+    line = {key: result[key] for key in ("test", "verdict", "num_images")}
+    found, captions, gap = result["duplicates"], result["captions"] or {}, result["gap"]
+    rates = {
+        "exact": found["exact"],
+        **{f"near_{item['similarity']:g}": item for item in found["near"]},
+        "hash": found["hash"],
+        "duplicated": found["duplicated"],
+        "caption_exact": captions.get("exact"),
+        "caption_normalised": captions.get("normalised"),
+        "closer_to_pool": gap["closer_to_pool"],
+    }
+    for name, item in rates.items():
+        line |= {f"{name}_{key}": item and item[key] for key in ("count", "rate", "low", "high")}
+    for side in ("pool", "reference"):
+        line |= {f"{side}_similarity_p{p}": (gap[side] or {}).get(p) for p in gap["pool"]}
+    for name in ("whole", "clean", "duplicated"):
+        part = (result["accuracy"] or {}).get(name)
+        line |= {f"accuracy_{name}_{key}": part and part[key] for key in ("num_images", "rate", "low", "high")}
+    control = result["control"] or {}
+    line["whole_minus_clean_pp"] = (result["accuracy"] or {}).get("whole_minus_clean_pp")
+    return line | {"recall": control.get("recall"), **{f"unknown_{k}": v for k, v in result["unknown"].items()}}
 
 
 # --- coverage and control --------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Audit: planted copies are found, a verdict never says more than was looked for, other encoders are refused."""
 
+import csv
 import json
 import shutil
 
@@ -7,13 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from clipgap_ray import store
+from clipgap_ray import cli, store
 from clipgap_ray.config.audit import AuditSettings
 from clipgap_ray.embeddings import EmbeddingSet, identity
-from clipgap_ray.errors import ConfigError, DataError, IndexMismatchError
+from clipgap_ray.errors import BudgetError, ConfigError, DataError, IndexMismatchError
 from clipgap_ray.reporting import contamination
 from clipgap_ray.stages import audit
-from tests.unit.study_fixture import Built, build_study
+from tests.unit.study_fixture import CLASSES, Built, build_study
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +162,63 @@ def test_a_sample_of_the_pool_makes_it_incomplete(built, tmp_path) -> None:
     summary = audit.run(settings(built, tmp_path / "o", pool=str(tmp_path / "pool"), test=sketch))
     assert summary.extra["verdicts"] == {"sketch": "INCOMPLETE"}
     assert "only sample 0.5 was embedded" in (tmp_path / "o" / "index.html").read_text()
+
+
+def test_a_row_per_test_set_and_the_digests_of_everything_read(built, tmp_path) -> None:
+    predictions = str(built.root / "eval" / "full-s0" / "val.parquet")
+    reference = str(built.root / "embed" / "reference")
+    audit.run(settings(built, tmp_path, reference=reference, predictions=(f"val={predictions}",)))
+    result = json.loads((tmp_path / "audit.json").read_text())
+    assert result["inputs"] == {
+        predictions: store.sha256(store.read_bytes(predictions)),
+        reference: EmbeddingSet.open(reference).digest,
+    }
+    rows = list(csv.DictReader((tmp_path / "tests.csv").open()))
+    assert [row["test"] for row in rows] == ["val", "sketch"]
+    assert (rows[0]["exact_count"], rows[0]["verdict"], rows[0]["accuracy_clean_num_images"]) == (
+        "2", "CONTAMINATED", "78",
+    )  # fmt: skip
+    assert float(rows[0]["duplicated_rate"]) == result["tests"][0]["dup_rate"]
+    assert float(rows[1]["pool_similarity_p50"]) == result["tests"][1]["gap"]["pool"]["50"]
+    assert rows[1]["accuracy_whole_rate"] == ""
+
+
+def test_a_page_over_the_limit_is_refused(built, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(audit.page, "LARGEST_BYTES", 1000)
+    with pytest.raises(BudgetError, match="MB, more than 20 MB"):
+        audit.run(settings(built, tmp_path))
+    assert not (tmp_path / "index.html").exists()
+
+
+def test_blocked_and_hidden_samples_are_not_shown(built, tmp_path) -> None:
+    one = (f"val={built.root / 'embed' / 'val'}",)
+    audit.run(settings(built, tmp_path / "open", test=one, pairs=2))
+    shown = (tmp_path / "open" / "index.html").read_text()
+    leaked = "a photo of a " + CLASSES[built.pool.labels[3]]
+    assert shown.count("data:image/jpeg") == 4  # two test images and their copies
+    assert leaked in shown
+    (tmp_path / "takedown.txt").write_text("\n".join(built.pool.uids[row] for row in (3, 4)) + "\n")
+    audit.run(settings(built, tmp_path / "blocked", test=one, pairs=2, blocklist=str(tmp_path / "takedown.txt")))
+    blocked = (tmp_path / "blocked" / "index.html").read_text()
+    assert "on the blocklist" in blocked
+    assert blocked.count("data:image/jpeg") == 2
+    audit.run(settings(built, tmp_path / "hidden", test=one, pairs=2, hide=("caption~photo",)))
+    hidden = (tmp_path / "hidden" / "index.html").read_text()
+    assert "hidden by caption~photo" in hidden
+    assert "data:image/jpeg" not in hidden
+    assert leaked not in hidden
+    with pytest.raises(ConfigError, match="punsafe"):
+        audit.run(settings(built, tmp_path / "o", hide=("punsafe>0.5",)))
+
+
+def test_a_rule_that_holds_is_exit_code_4_of_the_command(built, tmp_path, capsys) -> None:
+    embed = built.root / "embed"
+    words = ["audit", "--pool", str(embed / "pool"), "--test", f"val={embed / 'val'}", "--duplicate", "0.98",
+             "--canaries", "0", "--no-images"]  # fmt: skip
+    assert cli.main([*words, "--out", str(tmp_path / "a"), "--fail-on", "dup_rate>0.001"]) == 4
+    assert json.loads(capsys.readouterr().out)["failed_rules"] == ["val: dup_rate is 0.025, rule dup_rate>0.001"]
+    assert cli.main([*words, "--out", str(tmp_path / "b"), "--fail-on", "dup_rate>0.9"]) == 0
+    assert "data:image/jpeg" not in (tmp_path / "a" / "index.html").read_text()
 
 
 def test_another_encoder_is_refused(built, tmp_path) -> None:
