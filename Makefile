@@ -43,7 +43,7 @@ test: $(READY) ## everything fast, and one kill-and-resume test per stage
 
 test-all: $(READY) ## everything: cluster, whole studies, browser (installs Debian's chromium and redis-server when it can)
 	@{ command -v chromium && command -v redis-server; } >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y chromium redis-server; } || true
-	$(PYTEST) --durations=20
+	CLIPGAP_ALL=1 $(PYTEST) --durations=20
 
 check: $(READY) ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -19,7 +19,7 @@ import pytest
 from tests import made
 from tests.driver import drive as drive  # a fixture
 
-pytest_plugins = ["tests.fault_table"]
+pytest_plugins = ["tests.fault_table", "tests.skips"]
 
 # Sum order of a float32 loss over a few dozen rows: gradients on two ranks against one process.
 LOSS_TOLERANCE = 1e-6
@@ -42,23 +42,6 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("clipgap")
-
-
-_outcomes: dict[str, set[str]] = {}
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Remember for every module whether anything in it ran."""
-    if report.when == "call" or report.skipped:
-        _outcomes.setdefault(report.nodeid.split("::")[0], set()).add("skipped" if report.skipped else "ran")
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A module of which every test was skipped proves nothing: fail, GPU modules on machines without one aside."""
-    silent = [module for module, seen in _outcomes.items() if seen == {"skipped"} and "/gpu/" not in module]
-    if silent and session.exitstatus == 0:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        print(f"\nall tests skipped in: {', '.join(silent)}")  # noqa: T201  the runner's own output
 
 
 @pytest.fixture(scope="session", autouse=True)
