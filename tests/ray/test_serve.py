@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import signal
 import socket
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from PIL import Image
 
 from clipgap_ray.client import AsyncClient, Client
 from clipgap_ray.config.index import IndexSettings
@@ -20,7 +23,7 @@ from clipgap_ray.config.serve import ServeSettings
 from clipgap_ray.encoder import EncoderSettings
 from clipgap_ray.errors import ClipgapError, ConfigError, DataError, IndexMismatchError
 from clipgap_ray.kernels.topk import exact_topk
-from tests.index_fixture import all_rows, unit_rows, write_embeddings
+from tests.index_fixture import all_rows, uid, unit_rows, write_embeddings
 from tests.waiting import free_port, until
 
 pytestmark = pytest.mark.ray
@@ -39,14 +42,25 @@ def index(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def address(index: str) -> Iterator[str]:
+def takedowns(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The service's takedown list, empty at first."""
+    path = tmp_path_factory.mktemp("lists") / "takedowns.txt"
+    path.write_text("")
+    return path
+
+
+@pytest.fixture(scope="module")
+def address(index: str, takedowns: Path) -> Iterator[str]:
     """The real service over real HTTP."""
     from ray import serve
 
     from clipgap_ray.serving.app import build_app
     from clipgap_ray.serving.run import deploy
 
-    settings = ServeSettings(index=(f"pool={index}",), port=free_port(), shard_timeout_s=3.0)
+    settings = ServeSettings(
+        index=(f"pool={index}",), port=free_port(), shard_timeout_s=3.0, blocklist=str(takedowns),
+        origins=("https://front.example",),
+    )  # fmt: skip
     deploy(build_app(settings), settings)
     yield f"http://127.0.0.1:{settings.port}"
     serve.shutdown()
@@ -74,9 +88,43 @@ def test_text_zero_shot_and_service_routes(address: str) -> None:
     expected = exact_topk(rows, *all_rows(PARTS), 1)[1][:, 0]
     assert [answer[0][0].row_id for answer in answers] == expected.tolist()
     assert (info.rows, info.shards, info.key) == (240, 2, "Flat")
-    assert httpx.get(f"{address}/readyz").json() == {"ready": True, "shards": 2, "shards_ok": 2}
+    ready = {"ready": True, "shards": 2, "shards_ok": 2, "encoder_ok": True}
+    assert httpx.get(f"{address}/readyz").json() == ready
     assert "clipgap_requests_total" in httpx.get(f"{address}/metrics").text
     assert httpx.get(f"{address}/docs").status_code == 200
+
+
+def test_images_filters_and_zero_shot_cross_the_wire(address: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")
+    encoder = EncoderSettings("projection").build()
+    pixels = encoder.preprocess.decode(buffer.getvalue())[None]
+    expected = exact_topk(encoder.encode_images(pixels), *all_rows(PARTS), 3)[1].tolist()
+    with Client(address) as client:
+        found = client.search(image=buffer.getvalue(), k=3)
+        assert [[row.row_id for row in found[0]]] == expected
+        (only,) = client.search(image=buffer.getvalue(), k=3, filter=[{"column": "caption", "equals": "caption 3 7"}])
+        assert [row.row_id for row in only] == [(3 << 32) + 7]
+        (best,) = client.zero_shot([buffer.getvalue()], ["cat", "dog"], top=2)
+    similarities = encoder.encode_texts(["a photo of a cat.", "a photo of a dog."]) @ encoder.encode_images(pixels)[0]
+    assert [row.label for row in best] == [["cat", "dog"][i] for i in np.argsort(-similarities)]
+
+
+def test_a_front_of_another_site_may_ask(address: str) -> None:
+    headers = {"origin": "https://front.example", "access-control-request-method": "POST"}
+    allowed = httpx.options(f"{address}/knn-service", headers=headers).headers
+    assert allowed["access-control-allow-origin"] == "https://front.example"
+
+
+def test_a_takedown_list_that_changes_holds_in_the_running_service(address: str, takedowns: Path) -> None:
+    with Client(address) as client:
+        assert client.search(uid=uid(0, 3), k=1)[0][0].row_id == 3
+        takedowns.write_text(f"{uid(0, 3)}\n")
+        until(lambda: httpx.post(f"{address}/v1/search", json={"uid": uid(0, 3)}).status_code == 404, "the takedown")
+        near = client.search(vector=PARTS[0][3].astype(float), k=240)[0]
+        assert 3 not in [row.row_id for row in near]
+        takedowns.write_text("")
+        until(lambda: httpx.post(f"{address}/v1/search", json={"uid": uid(0, 3)}).status_code == 200, "its end")
 
 
 def test_bad_input_is_4xx_over_the_wire(address: str) -> None:
