@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import pydantic
 
 from clipgap_ray.config.base import Operational, Settings
+from clipgap_ray.config.limits import Limits, LimitsSettings
 from clipgap_ray.errors import ConfigError
 
 
@@ -45,6 +46,8 @@ class IndexSettings(Settings):
     place of the list before. With --out alone: of an index that is there."""
     poll_s: Annotated[pydantic.PositiveFloat, Operational()] = 1.0
     """Seconds between looks at the folder that --follow watches."""
+    limits: Limits = LimitsSettings()
+    """When to stop: between two batches of parts. Builders keep what they saved, about every half minute."""
 
     @property
     def source(self) -> str:

@@ -13,10 +13,12 @@ import pytest
 
 from clipgap_ray import rundir, schema, store
 from clipgap_ray.config.index import IndexSettings
-from clipgap_ray.errors import ConfigError, DataError, ShardLostError, StaleOutputError
+from clipgap_ray.config.limits import LimitsSettings
+from clipgap_ray.errors import ConfigError, DataError, ShardLostError, StaleOutputError, StoppedError
 from clipgap_ray.index import LocalIndex
 from clipgap_ray.kernels.topk import exact_topk
 from clipgap_ray.stages import index as stage
+from clipgap_ray.stages import limits
 from clipgap_ray.uidmap import UidMap
 from tests.index_fixture import FINGERPRINT, all_rows, uid, unit_rows, write_embeddings, write_part
 
@@ -71,6 +73,21 @@ def test_a_lost_shard_is_built_again_from_its_parts(tmp_path: Path) -> None:
     stage.run(IndexSettings(embeddings=source, out=out, recall_queries=5))
     shutil.rmtree(Path(out, "shard_00001"))
     assert stage.run(IndexSettings(embeddings=source, out=out, recall_queries=5)).kept == 120
+    _agrees(out, parts)
+
+
+def test_a_limit_stops_between_two_batches_and_the_same_command_continues(tmp_path: Path) -> None:
+    parts = [unit_rows(30, seed) for seed in range(4)]
+    source, out = write_embeddings(tmp_path / "emb", parts), str(tmp_path / "index")
+    settings = IndexSettings(embeddings=source, out=out, recall_queries=5, limits=LimitsSettings(max_hours=1e-9))
+    limits.start(settings.limits)
+    try:
+        with pytest.raises(StoppedError, match="--max-hours"):
+            stage.run(settings)
+    finally:
+        limits.start(LimitsSettings())
+    assert not Path(out, "manifest.json").exists()
+    assert stage.run(settings.model_copy(update={"limits": LimitsSettings()})).kept == 120
     _agrees(out, parts)
 
 

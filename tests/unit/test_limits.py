@@ -16,6 +16,7 @@ import pytest
 
 from clipgap_ray import cli
 from clipgap_ray.config.embed import EmbedSettings
+from clipgap_ray.config.index import IndexSettings
 from clipgap_ray.config.limits import HEAD, LimitsSettings, PricesFile
 from clipgap_ray.errors import ConfigError, StoppedError
 from clipgap_ray.kernels.order import SampleOrder
@@ -145,6 +146,8 @@ def test_a_cost_without_prices_and_wrong_prices_are_refused(tmp_path: Path) -> N
 def test_limits_are_flags_and_no_part_of_what_is_written() -> None:
     words = {"source": "a", "out": "b", "model": "projection"}
     assert EmbedSettings(**words, limits={"max_hours": 1}).fingerprint() == EmbedSettings(**words).fingerprint()
+    index = {"embeddings": "a", "out": "b"}
+    assert IndexSettings(**index, limits={"max_hours": 1}).fingerprint() == IndexSettings(**index).fingerprint()
 
 
 def test_the_exit_code_of_a_stopped_command(
