@@ -128,6 +128,10 @@ class IndexShard:
         _ = self.row_ids  # brings the mask up to date
         return self._keep
 
+    def places_of(self, row_ids: np.ndarray | None) -> np.ndarray | None:
+        """Return the (n,) bool mask over positions of some row ids, for `search`; None stays None."""
+        return None if row_ids is None else np.isin(self.row_ids, row_ids)
+
     def exclude(self, row_ids: np.ndarray) -> None:
         """Hide rows from every later search (tombstones); replaces the rows hidden before. Rows stay stored.
 
@@ -318,13 +322,19 @@ class LocalIndex:
         for shard in self.shards:
             shard.exclude(row_ids)
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Search every shard and merge once; the contract of the module."""
-        return merge_topk([shard.search(queries, k) for shard in self.shards], k)
+    def search(self, queries: np.ndarray, k: int, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Search every shard and merge once; the contract of the module.
 
-    def answer(self, queries: np.ndarray, k: int) -> Answer:
+        Args:
+            queries: (nq, d).
+            k: Neighbours.
+            among: (m,) int64 row ids: only these are looked at; None: all.
+        """
+        return merge_topk([shard.search(queries, k, keep=shard.places_of(among)) for shard in self.shards], k)
+
+    def answer(self, queries: np.ndarray, k: int, among: np.ndarray | None = None) -> Answer:
         """Search with the completeness of the answer: always complete here."""
-        return Answer(*self.search(queries, k), len(self.shards), len(self.shards))
+        return Answer(*self.search(queries, k, among), len(self.shards), len(self.shards))
 
 
 def open_shard(uri: str, number: int, manifest: dict[str, Any], mmap: bool = True) -> IndexShard:

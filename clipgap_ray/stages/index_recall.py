@@ -30,7 +30,7 @@ def calibrate(index: ShardedIndex, source: Source, settings: IndexSettings, key:
     target = TARGET_RECALL if settings.min_recall is None else settings.min_recall
     nprobe, most = max(ray.get([actor.efforts.remote() for actor in index.actors]))
     while True:
-        _, found = _drop_own(*index.search(queries, RECALL_K + 1, nprobe or None), own)
+        _, found = _drop_own(*index.search(queries, RECALL_K + 1, nprobe=nprobe or None), own)
         recall = faiss_index.recall_at_k(found, true_ids, true_similarities, RECALL_K)
         if recall >= target or nprobe >= most:
             break

@@ -119,9 +119,11 @@ class ShardActor:
             self._save_s, self._unsaved = self._saved_at - started, False
         return self.held()
 
-    def search(self, queries: np.ndarray, k: int, nprobe: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Search this shard, see `IndexShard.search`."""
-        return self.shard.search(queries, k, nprobe)
+    def search(
+        self, queries: np.ndarray, k: int, nprobe: int | None = None, among: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Search this shard among some row ids or all, see `IndexShard.search`."""
+        return self.shard.search(queries, k, nprobe, self.shard.places_of(among))
 
     def efforts(self) -> tuple[int, int]:
         """Return the smallest and the largest sensible `nprobe`, see `faiss_index.efforts`."""
@@ -144,15 +146,22 @@ class ShardedIndex:
         actors = [actor.remote(uri, number) for number in range(manifest["num_shards"])]
         return cls(actors, manifest, timeout_s)
 
-    def answer(self, queries: np.ndarray, k: int, nprobe: int | None = None) -> Answer:
+    def answer(self, queries: np.ndarray, k: int, among: np.ndarray | None = None, nprobe: int | None = None) -> Answer:
         """Search; a shard that is dead or too slow is left out, and the answer says so.
+
+        Args:
+            queries: (nq, d).
+            k: Neighbours.
+            among: (m,) int64 row ids: only these are looked at; None: all.
+            nprobe: Instead of the index's own.
 
         Raises:
             IndexMismatchError: If d differs.
             DataError: If a query is not finite.
         """
         queries = check_queries(queries, self.manifest["dim"]) if "dim" in self.manifest else np.asarray(queries)
-        calls = [actor.search.remote(queries, k, nprobe) for actor in self.actors]
+        chosen = None if among is None else ray.put(among)  # once, not per shard
+        calls = [actor.search.remote(queries, k, nprobe, chosen) for actor in self.actors]
         deadline = time.monotonic() + self.timeout_s
         parts = []
         for call in calls:
@@ -165,13 +174,15 @@ class ShardedIndex:
         nothing = np.full((len(queries), 1), -np.inf, np.float32), np.full((len(queries), 1), -1, np.int64)
         return Answer(*merge_topk(parts or [nothing], k), len(parts), len(self.actors))
 
-    def search(self, queries: np.ndarray, k: int, nprobe: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Search every shard; the contract of `clipgap_ray.index`.
+    def search(
+        self, queries: np.ndarray, k: int, among: np.ndarray | None = None, nprobe: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Search every shard; the contract of `clipgap_ray.index`, arguments as of `answer`.
 
         Raises:
             ShardLostError: If a shard did not answer: use `answer` where a part of the neighbours is better than none.
         """
-        found = self.answer(queries, k, nprobe)
+        found = self.answer(queries, k, among, nprobe)
         if found.degraded:
             raise ShardLostError(
                 f"{found.shards_ok} of {found.shards} index shards answered within {self.timeout_s:g} s",

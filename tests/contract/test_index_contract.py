@@ -73,6 +73,20 @@ def test_agrees_with_exact_search_also_beyond_the_rows_and_on_ties(opened: Opene
     assert index.search(np.zeros((0, DIM)), 3)[0].shape == (0, 3)
 
 
+@pytest.mark.parametrize("num_queries", [2, 30])  # FAISS's selector; products of the chosen rows
+def test_among_some_rows_it_is_exact_search_over_these(opened: Opener, num_queries: int) -> None:
+    rng = np.random.default_rng(1)
+    parts = [rng.standard_normal((n, DIM)).astype(np.float16) / 4 for n in (30, 17, 25)]
+    row_ids = np.concatenate([schema.row_ids(n, len(rows)) for n, rows in enumerate(parts)])
+    chosen = rng.random(len(row_ids)) < 0.3
+    index, queries = opened(parts, 2), rng.standard_normal((num_queries, DIM)) / 4
+    expected = exact_topk(queries, np.concatenate(parts)[chosen], row_ids[chosen], 5)
+    found = index.search(queries, 5, among=np.append(row_ids[chosen], 7 << 40))  # an id that is not here
+    assert np.array_equal(found[0], expected[0])
+    assert np.array_equal(found[1], expected[1])
+    assert (index.search(queries, 5, among=np.zeros(0, np.int64))[1] == -1).all()
+
+
 def test_an_empty_index_finds_nothing(opened: Opener) -> None:
     index = opened([np.zeros((0, DIM), np.float16)], 2)
     similarities, row_ids = index.search(np.ones((2, DIM)), 3)
