@@ -15,7 +15,8 @@ class ShiftSettings(Settings):
     """Accuracy per class and group, and the drop from the first group to the second, with intervals."""
 
     out: str
-    """Directory for shift.json, per_class.csv and shift.svg; with --variants also variants.csv and variants.svg."""
+    """Directory for shift.json, models.csv, per_class.csv and shift.svg; with --variants also variants.csv and
+    variants.svg."""
     predictions: tuple[str, ...] = ()
     """Per-sample predictions of `clipgap evaluate`: FILE.parquet, or NAME=FILE.parquet for several models."""
     table: str = ""

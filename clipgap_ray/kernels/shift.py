@@ -227,8 +227,13 @@ def log_odds_drop(hits: np.ndarray, totals: np.ndarray) -> float:
 
     Unlike points, log-odds do not shrink where a class is near 0 or 1 (counteranimal.md 9, item 9).
     """
+    return float(_log_odds_drops(hits, totals).mean())
+
+
+def _log_odds_drops(hits: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """(..., C) float64 of (..., C, 2) counts."""
     odds = logit((hits + 0.5) / (totals + 1.0))
-    return float((odds[:, 0] - odds[:, 1]).mean())
+    return np.asarray(odds[..., 0] - odds[..., 1])
 
 
 def _intervals(
@@ -249,12 +254,26 @@ def _intervals(
     def per_group(samples: np.ndarray) -> dict[str, list[float]]:
         return dict(zip(pair, intervals.percentile_interval(samples).T.tolist(), strict=True))
 
+    def relative(samples: np.ndarray) -> list[float] | None:
+        """Of 1 - second / first; None where samples without a hit in the first group are more than its lower tail."""
+        first, second = samples.T
+        ratio = np.divide(second, first, out=np.full(len(first), np.inf), where=first > 0)
+        with np.errstate(invalid="ignore"):  # between two infinite samples lies none
+            ends = intervals.percentile_interval(1 - ratio)
+        return ends.tolist() if np.isfinite(ends).all() else None
+
+    log_odds = _log_odds_drops(drawn, totals)
+    picked_odds = np.take_along_axis(log_odds, picked, axis=1)
     return {
         "confidence": intervals.CONFIDENCE,
         "draws": draws,
         "drop_pp_images": drop_pp(images),
         "drop_pp_classes": drop_pp(two_stage),
         "unbalanced_drop_pp_images": drop_pp(pooled),
+        "relative_images": relative(images),
+        "relative_classes": relative(two_stage),
+        "log_odds_images": intervals.percentile_interval(log_odds.mean(axis=1)).tolist(),
+        "log_odds_classes": intervals.percentile_interval(picked_odds.mean(axis=1)).tolist(),
         "balanced_images": per_group(images),
         "balanced_classes": per_group(two_stage),
         "unbalanced_wilson": {name: [float(low[i]), float(high[i])] for i, name in enumerate(pair)},

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from clipgap_ray.kernels import intervals
+from clipgap_ray.reporting import joined
 from clipgap_ray.reporting.study import Study
 from clipgap_ray.reporting.tables import Record
 
@@ -91,6 +92,40 @@ def joins(study: Study) -> dict[str, Record]:
 def selections(study: Study) -> dict[str, Record]:
     """Return the results of `discover` by name."""
     return study.results("discover", "discover.json")
+
+
+def chosen(study: Study) -> dict[str, list[Record]]:
+    """Return what joins and chosen groups say as tables, by file name; `folder` tells several of a kind apart."""
+    tables: dict[str, list[Record]] = {}
+
+    def add(table: str, folder: str, lines: list[Record]) -> None:
+        tables.setdefault(table, []).extend({"folder": folder, **line} for line in lines)
+
+    for folder, result in joins(study).items():
+        for model, own in result["models"].items():
+            if own.get("neighbours"):
+                add("pool_neighbours", folder, joined.neighbour_lines(model, own["neighbours"]))
+            if own.get("prevalence"):
+                about = {key: value for key, value in own["prevalence"].items() if key != "classes"}
+                low, high = about.pop("interval", None) or (None, None)
+                more = about.pop("first_more_common", None) or {}
+                ends = {"spearman_low": low, "spearman_high": high}
+                line = {"model": model, **about, **ends, **{f"first_more_common_{k}": v for k, v in more.items()}}
+                add("background_prevalence", folder, [line])
+                classes = own["prevalence"]["classes"]
+                add("background_prevalence_per_class", folder, [{"model": model, **line} for line in classes])
+            if own.get("similarity_parts"):
+                add("similarity_parts", folder, joined.parts_lines(model, own["similarity_parts"]))
+        if "adjusted_robustness" in result:
+            add("adjusted_robustness", folder, result["adjusted_robustness"]["models"])
+    for folder, result in selections(study).items():
+        for model, own in result["models"].items():
+            low, high = own["held_out_interval_pp"]
+            flat = {key: value for key, value in own.items() if key != "held_out_interval_pp"}
+            add("group_selection", folder, [{"model": model, **flat, "held_out_low_pp": low, "held_out_high_pp": high}])
+        add("group_selection_matrix", folder, result["matrix"])
+        add("group_selection_per_class", folder, [{"discovered_by": result["by"], **c} for c in result["classes"]])
+    return tables
 
 
 def not_this_study(study: Study, inputs: dict[str, str]) -> str:

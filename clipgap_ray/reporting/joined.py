@@ -50,6 +50,31 @@ def flat(result: Record) -> Record:
     return line
 
 
+def neighbour_lines(model: str, own: Record) -> list[Record]:
+    """Return a line per group and regime of what a join says of one model's neighbours."""
+    return [
+        {"model": model, "group": group["group"], "k": own["k"], "far": own["far"],
+         **{key: group[key] for key in ("names_class", "same_background", "names_wrong")}, **regime}
+        for group in own["groups"] for regime in group["regimes"]
+    ]  # fmt: skip
+
+
+def parts_lines(model: str, own: Record) -> list[Record]:
+    """Return a line per part of photos cut apart."""
+    result = []
+    for record in own["parts"]:
+        split = record["decomposition"] or {}
+        line: Record = {"model": model, "part": record["part"], "num_images": own["num_images"],
+                        "drop_pp": own["drop_pp"], "difference": record["exposure"]["difference"]}  # fmt: skip
+        line["difference_low"], line["difference_high"] = record["exposure"]["interval"]
+        line |= {"auc": record["exposure"]["auc"], "correlation_with_whole": record["correlation_with_whole"]}
+        for name in ("explained", "residual"):
+            low, high = split.get(f"{name}_interval_pp") or (None, None)
+            line |= {f"{name}_pp": split.get(f"{name}_pp"), f"{name}_low_pp": low, f"{name}_high_pp": high}
+        result.append(line | {"share": split.get("share"), "why_not": record["why_not"]})
+    return result
+
+
 def joins(study: Study, draws: int, seed: int) -> list[Record]:
     """Split the drop of every arm on every test set with the groups common and counter, against its own training set.
 

@@ -48,6 +48,7 @@ class Numbers:
     duplicates: list[Record]
     removed_duplicates: list[Record]
     agreements: list[Record]
+    chosen: dict[str, list[Record]]
     digests: list[Record]
 
     def exports(self) -> dict[str, list[Record]]:
@@ -73,7 +74,7 @@ class Numbers:
             "neighbour_curves": self.density,
             "removed_per_image": self.removed_per_image,
             "removed_per_class": self.removed_per_class,
-            "group_shift": [_flat_group(g) for g in self.groups],
+            "group_shift": [tables.flat_group(g) for g in self.groups],
             "group_shift_per_class": per_class,
             "group_shift_variants": self.variants,
             "group_exposure": self.exposure,
@@ -88,6 +89,7 @@ class Numbers:
             "duplicate_rates": self.duplicates,
             "deduplication": self.removed_duplicates,
             "encoder_agreement": self.agreements,
+            **self.chosen,
             "digests": self.digests,
         }
 
@@ -128,30 +130,6 @@ def compute(study: Study, bin_width: float, draws: int, seed: int) -> Numbers:
         duplicates=found.duplicates(study),
         removed_duplicates=found.removed_duplicates(study),
         agreements=found.agreements(study),
+        chosen=found.chosen(study),
         digests=list(study.digests()),
     )
-
-
-def _flat_group(result: Record) -> Record:
-    """One line per arm: what `group_shift` nests."""
-    low, high = result["intervals"]["drop_pp_classes"]
-    image_low, image_high = result["intervals"]["drop_pp_images"]
-    worst = result["worst_class_group"]
-    return {
-        "test": result["test"],
-        "arm": result["arm"],
-        "supervised": result["supervised"],
-        "num_seeds": result["num_seeds"],
-        "num_samples_seen": result["num_samples_seen"],
-        **{f"balanced_{name}": value for name, value in result["balanced"].items()},
-        **{f"unbalanced_{name}": value for name, value in result["unbalanced"].items()},
-        **result["drop"],
-        "drop_low_pp_images": image_low,
-        "drop_high_pp_images": image_high,
-        "drop_low_pp_classes": low,
-        "drop_high_pp_classes": high,
-        "worst_class_group": f"{worst['class_name']} / {worst['group']}",
-        "worst_class_group_accuracy": worst["accuracy"],
-        "num_negative_drops": result["num_negative_drops"],
-        "num_insignificant_drops": result["num_insignificant_drops"],
-    }

@@ -218,7 +218,9 @@ def flat_group(result: Record) -> Record:
     for name, key in (("drop", "drop_pp"), ("unbalanced_drop", "unbalanced_drop_pp"), ("relative", "relative"),
                       ("log_odds", "log_odds")):  # fmt: skip
         for over in ("images", "classes"):
-            low, high = result["intervals"].get(f"{key}_{over}") or (None, None)
+            if f"{key}_{over}" not in result["intervals"]:
+                continue
+            low, high = result["intervals"][f"{key}_{over}"] or (None, None)
             unit = "_pp" if key.endswith("_pp") else ""
             line |= {f"{name}_low{unit}_{over}": low, f"{name}_high{unit}_{over}": high}
     return line | {

@@ -24,10 +24,11 @@ import threadpoolctl
 from clipgap_ray import rundir, schema, store
 from clipgap_ray.config.join import DropJoinSettings
 from clipgap_ray.config.predictions import prediction_files
+from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.kernels import decomposition, overlap
 from clipgap_ray.reporting import figures_join, figures_pool
-from clipgap_ray.reporting.joined import flat
+from clipgap_ray.reporting.joined import flat, neighbour_lines, parts_lines
 from clipgap_ray.reporting.study import positions
 from clipgap_ray.reporting.theme import render
 from clipgap_ray.stages import join_more, join_parts
@@ -74,6 +75,7 @@ def run(settings: DropJoinSettings) -> rundir.Summary:
         results[model.name] = {**about, "left_out": model.dropped, **found, **more, **parts}
         _write_model(settings.out, model, results[model.name], {**columns, **further})
     result: dict[str, Any] = {"test": settings.test, "models": results, "settings": settings.fingerprint()}
+    result["further_inputs"] = _further_inputs(settings)
     if len(models) == 1:
         result = {**next(iter(results.values())), **result}
     _write_csv(settings.out, "models.csv", [flat(r) for r in results.values()])
@@ -156,6 +158,19 @@ def _model(settings: DropJoinSettings, name: str, path: str, scores: str, column
     return Model(name, photos, ours, len(uids), dropped, left_out, inputs, nearest, wrong, parts)
 
 
+def _further_inputs(settings: DropJoinSettings) -> dict[str, str]:
+    """Name what was read beside predictions and scores by its content: pool, labels, parts."""
+    found = {settings.pool: EmbeddingSet.open(settings.pool).digest} if settings.pool else {}
+    for path in filter(None, (settings.attributes, settings.pool_attributes)):
+        # What a command left in a folder goes by its manifest: it names its input and its settings.
+        manifest = store.join(path, "manifest.json")
+        found[path] = store.sha256(store.read_bytes(manifest if store.exists(manifest) else path))
+    for path in schema.named(settings.parts, "--parts").values():
+        table = join_parts.table_of(path, settings.test)
+        found[table] = store.sha256(store.read_bytes(table))
+    return found
+
+
 def _check_scored(scores: str, test: str) -> None:
     known = rundir.read_manifest(scores, "score")["tests"]
     if test not in known:
@@ -200,7 +215,7 @@ def _write_model(out: str, model: Model, result: dict[str, Any], further: dict[s
 def _write_more(out: str, result: dict[str, Any], models: dict[str, Any]) -> None:
     """Tables and figures of what was asked for beside the split of the drop."""
     with_neighbours = {name: own["neighbours"] for name, own in models.items() if own.get("neighbours")}
-    lines = [line for name, own in with_neighbours.items() for line in join_more.neighbour_lines(name, own)]
+    lines = [line for name, own in with_neighbours.items() for line in neighbour_lines(name, own)]
     if lines:
         _write_csv(out, "neighbours.csv", lines)
         _write_figure(out, "neighbours", partial(figures_pool.regimes, with_neighbours))
@@ -211,7 +226,7 @@ def _write_more(out: str, result: dict[str, Any], models: dict[str, Any]) -> Non
         _write_figure(out, "prevalence", partial(figures_pool.prevalence, with_prevalence))
     with_parts = {name: own["similarity_parts"] for name, own in models.items() if own.get("similarity_parts")}
     if with_parts:
-        _write_csv(out, "parts.csv", [line for name, own in with_parts.items() for line in join_parts.lines(name, own)])
+        _write_csv(out, "parts.csv", [line for name, own in with_parts.items() for line in parts_lines(name, own)])
         _write_figure(out, "similarity_parts", partial(figures_join.similarity_parts, with_parts))
     if "adjusted_robustness" in result:
         _write_csv(out, "adjusted_robustness.csv", result["adjusted_robustness"]["models"])

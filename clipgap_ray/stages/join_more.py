@@ -125,15 +125,6 @@ def _usual(photos: Photos, backgrounds: list[str | None], names: list[str]) -> n
     return np.where(counts.sum(axis=2) > 0, counts.argmax(axis=2), -1)
 
 
-def neighbour_lines(model: str, own: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a line per group and regime."""
-    return [
-        {"model": model, "group": group["group"], "k": own["k"], "far": own["far"],
-         **{key: group[key] for key in ("names_class", "same_background", "names_wrong")}, **regime}
-        for group in own["groups"] for regime in group["regimes"]
-    ]  # fmt: skip
-
-
 # --- effective robustness at equal similarity ------------------------------------------------------------
 
 
@@ -162,6 +153,8 @@ def adjusted_robustness(results: list[dict[str, Any]], baseline: tuple[str, ...]
         for kind, (line, points) in fitted.items():
             point = points[result["model"]]
             first, second = result["groups"]
+            matched = 2 * result["matched"]["num_pairs"]
+            record[f"{kind}_n"] = sum(result["num_images"].values()) if kind == "all" else matched
             record |= dict.fromkeys((f"{kind}_{first}", f"{kind}_{second}", f"{kind}_residual_pp",
                                      f"{kind}_extrapolates"))  # fmt: skip
             if point is not None:

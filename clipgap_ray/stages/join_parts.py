@@ -31,7 +31,7 @@ def read(settings: DropJoinSettings, column: str, uids: list[str]) -> dict[str, 
     """
     found = {}
     for name, path in schema.named(settings.parts, "--parts").items():
-        where = path if path.endswith(".parquet") else store.join(path, "queries", f"{settings.test}.parquet")
+        where = table_of(path, settings.test)
         table = store.read_table(where)
         lacking = {"uid", column} - set(table.column_names)
         if lacking:
@@ -47,6 +47,11 @@ def read(settings: DropJoinSettings, column: str, uids: list[str]) -> dict[str, 
         own = np.where(at >= 0, values[at], np.nan)
         found[name] = np.where(np.isfinite(own), own, np.nan)
     return found
+
+
+def table_of(path: str, test: str) -> str:
+    """Return the query table of --parts NAME=PATH: itself, or that of a test set in the output of `score`."""
+    return path if path.endswith(".parquet") else store.join(path, "queries", f"{test}.parquet")
 
 
 def about_parts(
@@ -93,19 +98,3 @@ def within_cells(photos: overlap.Photos, other: np.ndarray) -> float | None:
     if not all(np.ptp(side) for side in ranks):
         return None
     return float(np.corrcoef(*ranks)[0, 1])
-
-
-def lines(model: str, own: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a line per part for parts.csv."""
-    result = []
-    for record in own["parts"]:
-        split = record["decomposition"] or {}
-        line: dict[str, Any] = {"model": model, "part": record["part"], "num_images": own["num_images"],
-                                "drop_pp": own["drop_pp"], "difference": record["exposure"]["difference"]}  # fmt: skip
-        line["difference_low"], line["difference_high"] = record["exposure"]["interval"]
-        line |= {"auc": record["exposure"]["auc"], "correlation_with_whole": record["correlation_with_whole"]}
-        for name in ("explained", "residual"):
-            low, high = split.get(f"{name}_interval_pp") or (None, None)
-            line |= {f"{name}_pp": split.get(f"{name}_pp"), f"{name}_low_pp": low, f"{name}_high_pp": high}
-        result.append(line | {"share": split.get("share"), "why_not": record["why_not"]})
-    return result

@@ -1,8 +1,9 @@
 """Group shift of one or several models, from per-sample predictions or from a printed table.
 
-Reads: schema.PREDICTIONS, or a CSV with a row per class. Writes: OUT/shift.json, OUT/per_class.csv, OUT/shift.svg and
-.png, OUT/summary.json; with variants (the same photos asked otherwise) OUT/variants.csv, OUT/variants.svg and .png.
-With one model its numbers stand at the top level of shift.json; `models` holds all of them.
+Reads: schema.PREDICTIONS, or a CSV with a row per class. Writes: OUT/shift.json, OUT/models.csv (a row per model),
+OUT/per_class.csv, OUT/shift.svg and .png, OUT/summary.json; with variants (the same photos asked otherwise)
+OUT/variants.csv, OUT/variants.svg and .png. With one model its numbers stand at the top level of shift.json; `models`
+holds all of them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from clipgap_ray.kernels import robustness, shift
 from clipgap_ray.reporting import figures_groups, figures_models, variants
 from clipgap_ray.reporting.page import csv_bytes
 from clipgap_ray.reporting.study import Predictions, predictions_of
+from clipgap_ray.reporting.tables import flat_group
 from clipgap_ray.reporting.theme import Draw, render
 
 SUFFIXES = ("_c", "_k")
@@ -47,7 +49,8 @@ def run(settings: ShiftSettings) -> rundir.Summary:
     ways = _variants(settings, read)
     for name, rows in ways.items():
         models[name]["variants"] = rows
-    result: dict[str, Any] = {"models": models, "warnings": warnings, "settings": settings.fingerprint()}
+    result: dict[str, Any] = {"models": models, "warnings": warnings, "inputs": _inputs(settings),
+                              "settings": settings.fingerprint()}  # fmt: skip
     if len(models) == 1:
         result = {**next(iter(models.values())), **result}
     store.write_json(store.join(settings.out, "shift.json"), result)
@@ -121,7 +124,16 @@ def _from_table(settings: ShiftSettings) -> tuple[dict[str, shift.GroupCounts], 
     return counted, [f"values read as {unit}", *warnings]
 
 
+def _inputs(settings: ShiftSettings) -> dict[str, str]:
+    """Name every file that was read by its sha256."""
+    files = prediction_files(settings.predictions)
+    asked = variant_files(settings.variants, list(files)).values()
+    paths = [*files.values(), *(path for own in asked for path in own.values()), *filter(None, [settings.table])]
+    return {path: store.sha256(store.read_bytes(path)) for path in paths}
+
+
 def _write_csv(out: str, models: dict[str, Any]) -> None:
+    store.write_bytes(store.join(out, "models.csv"), csv_bytes([flat_group(model) for model in models.values()]))
     records = [{"model": name, **row} for name, model in models.items() for row in model["classes"]]
     store.write_bytes(store.join(out, "per_class.csv"), csv_bytes(records))
 

@@ -71,6 +71,38 @@ def test_numbers_of_the_sections_are_those_of_the_commands(root, page) -> None:
         assert word in section(page, "few-shot")
 
 
+def test_numbers_of_joins_and_chosen_groups_are_tables(root) -> None:
+    def table(name: str) -> list[dict]:
+        assert (root / "report" / "tables" / f"{name}.csv").exists()
+        return pq.read_table(root / "report" / "tables" / f"{name}.parquet").to_pylist()
+
+    joined = json.loads((root / "join" / "join.json").read_text())
+    own = joined["models"]["full"]
+    regimes = [r for r in table("pool_neighbours") if r["model"] == "full"]
+    assert [r["num_images"] for r in regimes] == [
+        r["num_images"] for g in own["neighbours"]["groups"] for r in g["regimes"]
+    ]
+    common = next(r for r in table("background_prevalence") if r["model"] == "full")
+    assert common["num_classes"] == own["prevalence"]["num_classes"]
+    assert len(table("background_prevalence_per_class")) == len(joined["models"]) * len(own["prevalence"]["classes"])
+    part = next(r for r in table("similarity_parts") if (r["model"], r["part"]) == ("full", "background"))
+    assert part["difference"] == own["similarity_parts"]["parts"][2]["exposure"]["difference"]
+    assert [r["matched_residual_pp"] for r in table("adjusted_robustness")] == [
+        m["matched_residual_pp"] for m in joined["adjusted_robustness"]["models"]
+    ]
+    chosen = json.loads((root / "discover" / "discover.json").read_text())
+    assert table("group_selection")[0]["inflation_pp"] == chosen["models"]["full"]["inflation_pp"]
+    assert [r["held_out_drop_pp"] for r in table("group_selection_matrix")] == [
+        r["held_out_drop_pp"] for r in chosen["matrix"]
+    ]
+    assert [r["class_name"] for r in table("group_selection_per_class")] == [r["class_name"] for r in chosen["classes"]]
+    beside = joined["further_inputs"]
+    assert beside[str(root / "embed" / "pool")] == Study.open(str(root)).embeddings("pool").digest
+    assert {path.rsplit("/", 1)[-1] for path in beside} == {
+        "pool", "labels-photos.parquet", "labels-pool", "scores-foreground.parquet", "scores-background.parquet"
+    }  # fmt: skip
+
+
 def test_hypotheses_stand_beside_what_the_commands_measured(root, page) -> None:
     records = pq.read_table(root / "report" / "tables" / "hypotheses.parquet").to_pylist()
     assert (root / "report" / "tables" / "hypotheses.csv").exists()

@@ -81,6 +81,25 @@ def test_counts_and_classes_without_one_group_are_left_out_and_named() -> None:
     assert next(r for r in result["classes"] if r["class_name"] == "only")["drop_pp"] is None
 
 
+def test_log_odds_by_hand_and_intervals_of_every_drop() -> None:
+    classes = ["a"] * 8 + ["b"] * 6
+    groups = ["common"] * 4 + ["counter"] * 4 + ["common"] * 3 + ["counter"] * 3
+    correct = np.array([1, 1, 1, 0, 1, 0, 0, 0, 1, 1, 1, 1, 1, 0], bool)
+    counts = shift.count(classes, groups, correct)
+    found = shift.summarise(counts, np.random.default_rng(0))
+    # a: 3 of 4 and 1 of 4, b: 3 of 3 and 2 of 3; half a photo is added to hits and misses.
+    by_hand = (np.log(3.5 / 1.5) - np.log(1.5 / 3.5) + np.log(3.5 / 0.5) - np.log(2.5 / 1.5)) / 2
+    assert found["drop"]["log_odds"] == pytest.approx(by_hand)
+    assert found["drop"]["relative"] == pytest.approx(1 - (1 / 4 + 2 / 3) / (3 / 4 + 1))
+    for key in ("relative", "log_odds"):
+        for over in ("images", "classes"):
+            low, high = found["intervals"][f"{key}_{over}"]
+            assert low < found["drop"][key] < high
+    nothing = shift.summarise(shift.count(classes, groups, ~correct & False), np.random.default_rng(0))
+    assert nothing["drop"]["relative"] is None
+    assert nothing["intervals"]["relative_images"] is None
+
+
 def test_a_missing_group_is_named() -> None:
     counts = shift.count(["a"], ["easy"], np.array([True]))
     with pytest.raises(ValueError, match="no photos of group 'common'; groups are easy"):

@@ -1,5 +1,6 @@
 """`clipgap shift`: table and predictions in, shift.json out."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -21,6 +22,12 @@ def test_several_models_of_a_table(tmp_path) -> None:
     assert round(result["models"]["L400M_B32"]["drop"]["drop_pp"], 2) == 30.23
     assert any("lion" in warning for warning in result["warnings"])
     assert len((tmp_path / "per_class.csv").read_text().splitlines()) == 1 + 5 * 45
+    rows = list(csv.DictReader((tmp_path / "models.csv").open()))
+    assert [row["model"] for row in rows] == list(result["models"])
+    one = next(row for row in rows if row["model"] == "L400M_B32")
+    assert (round(float(one["drop_pp"]), 2), one["common_n"], one["counter_n"]) == (30.23, "7408", "5926")
+    assert float(one["log_odds_low_classes"]) < float(one["log_odds"]) < float(one["log_odds_high_classes"])
+    assert result["inputs"] == {str(TABLE): store.sha256(TABLE.read_bytes())}
     assert (tmp_path / "shift.svg").read_bytes().startswith(b"<?xml")
 
 
