@@ -14,6 +14,7 @@ from clipgap_ray.reporting.tables import Record
 from clipgap_ray.reporting.theme import ORANGE, Theme, grid, legend_above
 
 BEFORE, REFERENCE = "pool", "reference"
+USUAL_DELTA = "0.05"
 
 
 def neighbour_curves(study: Study) -> list[Record]:
@@ -23,20 +24,24 @@ def neighbour_curves(study: Study) -> list[Record]:
         study: The study.
 
     Returns:
-        Records `test, kind, split, k, median_similarity, mean_rows_within` (the last is the mean number of rows within
-        0.05 of the hull, None for the reference); none without gaps/diagnostics.json.
+        Records `test, kind, split, num_images, k, median_similarity, delta, mean_rows_within` (the last is the mean
+        number of rows within delta of the hull; None where it was not counted, as for the reference in older gaps);
+        none without gaps/diagnostics.json. Delta is 0.05 or, where that was not asked for, the largest that was.
     """
     found = {(record["split"], record["test"]): record for record in study.diagnostics()}
     if not found:
         return []
     records = []
+    deltas = {delta for own in found.values() for delta in own.get("mean_rows_within", {})}
+    delta = max(deltas, key=lambda text: (text == USUAL_DELTA, float(text)), default=USUAL_DELTA)
     for test in study.tests:
         kinds = {BEFORE: BEFORE, "gap-match": study.gap_matched(test), REFERENCE: REFERENCE}
         for kind, split in kinds.items():
             own = found.get((split, test), {})
-            within = own.get("mean_rows_within", {}).get("0.05")
+            within = own.get("mean_rows_within", {}).get(delta)
+            about = {"test": test, "kind": kind, "split": split, "num_images": own.get("num_images")}
             for k, value in enumerate(own.get("median_kth_similarity", []), 1):
-                record = {"test": test, "kind": kind, "split": split, "k": k, "median_similarity": value}
+                record = {**about, "k": k, "median_similarity": value, "delta": float(delta)}
                 records.append({**record, "mean_rows_within": within})
     return records
 
@@ -49,15 +54,29 @@ def sentence(records: list[Record]) -> str:
     if not tests:
         return "No gap-matched split has neighbour curves beside the reference's yet."
     denser = [test for test in tests if (at[test, "gap-match"] or -1.0) > at[test, REFERENCE]]
+    within = _sentence_within(records)
     if not denser:
         return (
             f"After gap matching the median {last}-th neighbour is no closer than the reference's on any of "
-            f"{len(tests)} test sets: the cut pool is not denser either."
+            f"{len(tests)} test sets: the cut pool is not denser either.{within}"
         )
     return (
         f"Gap matching bounds the nearest neighbour only: on {', '.join(denser)} the median {last}-th neighbour in the "
-        f"cut pool is still closer than the reference's (`clipgap split density-match` bounds it too)."
+        f"cut pool is still closer than the reference's (`clipgap split density-match` bounds it too).{within}"
     )
+
+
+def _sentence_within(records: list[Record]) -> str:
+    """Say where the cut pool has more rows just outside the hull than the reference; "" where that was not counted."""
+    at = {(r["test"], r["kind"]): r["mean_rows_within"] for r in records}
+    both = {test: (cut, at[test, REFERENCE]) for (test, kind), cut in at.items()
+            if kind == "gap-match" and cut is not None and at.get((test, REFERENCE)) is not None}  # fmt: skip
+    if not both:
+        return ""
+    more = [f"{test} ({cut:,.1f} against {own:,.1f})" for test, (cut, own) in both.items() if cut > own]
+    delta = records[0]["delta"]
+    said = f"on {', '.join(more)}" if more else f"on none of {len(both)} test sets"
+    return f" Within {delta:g} of the hull it holds more images than the reference {said}."
 
 
 def draw(records: list[Record], theme: Theme) -> Figure:
@@ -82,7 +101,8 @@ def draw(records: list[Record], theme: Theme) -> Figure:
             if rows:
                 axis.plot([r["k"] for r in rows], [r["median_similarity"] for r in rows], marker=marker, ms=4.5,
                           color=colour, label=label)  # fmt: skip
-        axis.set_title(test)
+        count = max((r["num_images"] or 0 for r in records if r["test"] == test), default=0)
+        axis.set_title(f"{test}  (n = {count:,})" if count else test)
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if number + 3 >= len(tests):
             axis.set_xlabel("neighbour (k-th nearest)")

@@ -130,6 +130,26 @@ def removed_rows(per_class: list[Record], theme: Theme) -> Figure:
     return figure
 
 
+def removed_per_image(per_image: list[Record], per_class: list[Record], theme: Theme) -> Figure:
+    """Share of test images that cost the pool at least so many images, one panel per test set (log scale)."""
+    tests = names_in_order(per_image)
+    figure, axes = grid(len(tests), height=2.6, sharey=True)
+    for number, (axis, test) in enumerate(zip(axes, tests, strict=True)):
+        counts = np.sort([r["num_removed"] for r in per_image if r["test"] == test])[::-1]
+        images = sum(r["num_images"] for r in per_class if r["test"] == test)
+        axis.step(counts, np.arange(1, len(counts) + 1) / images, where="pre", color=theme.pool)
+        axis.set_xscale("log")
+        axis.set_ylim(0, 1.02)
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
+        axis.set_title(f"{test}  (n = {images:,})")
+        axis.annotate(f"{len(counts) / images:.0%} cost any\nmost: {counts[0]:,}", (0.97, 0.95), ha="right", va="top",
+                      xycoords="axes fraction", fontsize=10)  # fmt: skip
+        axis.set_xlabel("pool images removed, at least")
+        if number % 3 == 0:
+            axis.set_ylabel("share of test images")
+    return figure
+
+
 def training_curves(curves: list[Record], theme: Theme) -> Figure:
     """Training loss against samples seen, contrastive and supervised runs apart: their losses do not compare."""
     families = [(False, "CLIP (contrastive loss)"), (True, "supervised (cross-entropy)")]

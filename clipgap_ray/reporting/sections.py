@@ -240,13 +240,14 @@ def _density(numbers: Numbers) -> Section:
             test,
             *(
                 "–" if within.get((test, kind)) is None else f"{within[test, kind]:,.1f}"
-                for kind in ("pool", "gap-match")
+                for kind in ("pool", "gap-match", "reference")
             ),
         ]
         for test in dict.fromkeys(r["test"] for r in numbers.density)
     ]
-    caption = "Pool images within 0.05 of a test image's hull (similarity > tau - 0.05), mean over test images."
-    section.tables.append(Table(["test set", "before the cut", "after"], rows, caption))
+    delta = f"{numbers.density[0]['delta']:g}"
+    caption = f"Images within {delta} of a test image's hull (similarity > tau - {delta}), mean over test images."
+    section.tables.append(Table(["test set", "pool before the cut", "after", "reference"], rows, caption))
     return section
 
 
@@ -258,6 +259,8 @@ def _removed(study: Study, numbers: Numbers) -> Section:
         return section
     draw = partial(figures.removed_rows, numbers.removed_per_class)
     section.plots.append(Plot("removed_per_class", draw, "Pool images removed per test image, by class."))
+    draw = partial(figures.removed_per_image, numbers.removed_per_image, numbers.removed_per_class)
+    section.plots.append(Plot("removed_per_image", draw, "How many pool images single test images remove."))
     section.notes = ["A removed pool image counts for the test image whose threshold it exceeds most, from the stored "
                      "float32 scores; the sizes in the table above are exact."]  # fmt: skip
     return section

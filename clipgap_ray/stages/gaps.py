@@ -60,7 +60,8 @@ def run(settings: GapsSettings) -> rundir.Summary:
                 _write(directory.uri, list(names), name, test, left, queries.tau, at)
                 known = None if same is None or (digests[at] == b"").any() else same[:, at]
                 records += _diagnose([BEFORE, *names], name, left, known, queries.tau, at, settings)
-                records += _diagnose_reference(name, scores["tests"][name], queries.rows[at], digests[at], settings)
+                own = nearest.Queries.stack([queries.rows[at]], [queries.row_ids[at]], [queries.tau[at]])
+                records += _diagnose_reference(name, scores["tests"][name], own, digests[at], settings)
             store.write_json(directory.path("diagnostics.json"), records)
             directory.log.append([{"part": 0, "read": pool.num_rows, "kept": pool.num_rows}])
         return directory.finish({"splits": names, "scores": settings.scores})
@@ -167,27 +168,42 @@ def _diagnose(
                 "same_bytes_rate": None if same is None else float(same[cut].mean()),
                 "share_closer_than_reference": float((best > tau[at]).mean()) if known else None,
                 "median_gap": _median(np.fmax(tau[at], best)),
-                "mean_rows_within": {
-                    f"{delta:g}": float(within[:, i].mean()) for i, delta in enumerate(settings.deltas) if known
-                },
+                "mean_rows_within": _mean_within(within, settings) if known else {},
             }
         )
     return records
 
 
 def _diagnose_reference(
-    test: str, described: dict[str, Any], rows: np.ndarray, digests: np.ndarray, settings: GapsSettings
+    test: str, described: dict[str, Any], queries: nearest.Queries, digests: np.ndarray, settings: GapsSettings
 ) -> list[dict[str, Any]]:
     """The reference's own curves, where its embeddings were given: what density matching aims at."""
     if not described.get("reference"):
         return []
     reference = EmbeddingSet.open(described["reference"])
-    similarities, _ = nearest_in(reference, rows, settings.neighbours)
+    similarities, _ = nearest_in(reference, queries.rows, settings.neighbours)
     closeness = _closeness(similarities[:, 0], similarities, settings)
     own = _digests(reference)
     known = not (own == b"").any() and not (digests == b"").any()
     same = float(np.isin(digests, own).mean()) if known else None
-    return [{"split": "reference", "test": test, "num_images": len(rows), **closeness, "same_bytes_rate": same}]
+    record = {"split": "reference", "test": test, "num_images": len(digests), **closeness, "same_bytes_rate": same}
+    return [{**record, "mean_rows_within": _reference_within(reference, queries, digests, settings)}]
+
+
+def _reference_within(
+    reference: EmbeddingSet, queries: nearest.Queries, digests: np.ndarray, settings: GapsSettings
+) -> dict[str, float]:
+    """Mean number of reference rows within every delta of the hull, as it is counted for the cuts: is a cut denser?"""
+    if np.isnan(queries.tau).any():
+        return {}
+    everything = {part.number: np.ones(part.num_rows, bool) for part in reference.parts}
+    left, _ = _pass(reference, [everything], queries, digests, settings)
+    return _mean_within(left.within[0], settings)
+
+
+def _mean_within(within: np.ndarray, settings: GapsSettings) -> dict[str, float]:
+    """Means over images of (q, D) counts, by delta."""
+    return {f"{delta:g}": float(within[:, i].mean()) for i, delta in enumerate(settings.deltas)}
 
 
 def _closeness(best: np.ndarray, similarities: np.ndarray, settings: GapsSettings) -> dict[str, Any]:

@@ -90,6 +90,12 @@ def test_diagnostics_say_what_is_left_around_the_test_images(
     )
     assert before["mean_rows_within"]["0.1"] == pytest.approx((to_pool > tau[:, None] - 0.1).sum(axis=1).mean(), abs=1)
     assert records["matched", "val"]["share_closer_than_reference"] == 0.0
+    # The reference is counted as the cuts are: "denser just outside the hull" is answered in numbers.
+    assert set(own["mean_rows_within"]) == set(before["mean_rows_within"])
+    for delta, counted in own["mean_rows_within"].items():
+        excess = to_reference - (tau - float(delta))[:, None]
+        sure, possible = ((excess > edge).sum(axis=1).mean() for edge in (1e-5, -1e-5))
+        assert sure <= counted <= possible
     assert records["matched", "val"]["mean_rows_within"]["0"] == 0.0
     assert records["nothing", "val"]["median_kth_similarity"] == [None, None, None]
     wanted = EmbeddingSet.open(tiny_embeddings["val"]).all_metadata(["sha256"]).column("sha256").to_pylist()
