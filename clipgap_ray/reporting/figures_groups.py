@@ -29,9 +29,17 @@ def matrix(records: list[Record], models: list[str], theme: Theme) -> Figure:
             _intervals(axis, records, models)
     axes[0].set_ylabel("groups chosen by")
     figure.suptitle(
-        "drop in points from the best to the worst attribute, mean over classes", x=0.01, ha="left", fontsize=11
+        f"drop in points from the best to the worst attribute, mean over classes (n = {_classes(records)})",
+        x=0.01,
+        ha="left",
+        fontsize=11,
     )
     return figure
+
+
+def _classes(records: list[Record]) -> str:
+    counts = [r["num_classes"] for r in records]
+    return " to ".join(f"{count:,}" for count in dict.fromkeys((min(counts), max(counts))))
 
 
 def _square(records: list[Record], models: list[str], key: str) -> np.ndarray:
@@ -81,7 +89,7 @@ def jaccards(records: list[Record], theme: Theme) -> Figure:
         axis.set_ylim(-len(own) + 0.4, 0.6)
         axis.set_xlim(0, 1)
         axis.grid(axis="y", visible=False)
-        axis.set_title(": ".join(filter(None, panel)), fontsize=11)
+        axis.set_title(f"{': '.join(filter(None, panel))}  (n = {own[0]['common_uids']:,} pool images)", fontsize=11)
         axis.tick_params(labelbottom=True)
         if number + 3 >= len(panels):
             axis.set_xlabel("Jaccard index")
@@ -108,7 +116,7 @@ def variants(models: dict[str, list[Record]], theme: Theme) -> Figure:
         axis.set_ylim(-len(ways) + 0.4, 0.6)
         axis.axvline(0, color=theme.faint, lw=1)
         axis.grid(axis="y", visible=False)
-        axis.set_title(name, fontsize=11)
+        axis.set_title(f"{name}  (n = {ways[0]['num_images']:,})", fontsize=11)
         axis.set_xlabel("drop in points, 95 %")
         axis.tick_params(labelbottom=True)
     legend_above(figure, axes[0])

@@ -98,11 +98,13 @@ def _title(result: Record) -> str:
 def similarity_parts(models: dict[str, Record], theme: Theme) -> Figure:
     """How much the groups differ in the similarity of the whole photo, the animal and the rest, and what each explains
     of the drop; a row per model and part."""
-    rows = [(name, record) for name, own in models.items() for record in own["parts"]]
+    rows = [(name, record, own["num_images"]) for name, own in models.items() for record in own["parts"]]
     figure, (left, right) = grid(2, columns=2, height=1.1 + 0.36 * len(rows))
     at = -np.arange(len(rows), dtype=float)
-    colours = dict(zip(dict.fromkeys(r["part"] for _, r in rows), (theme.ink, ORANGE, theme.pool, GREEN), strict=False))
-    for y, (_, record) in zip(at, rows, strict=True):
+    colours = dict(
+        zip(dict.fromkeys(r["part"] for _, r, _ in rows), (theme.ink, ORANGE, theme.pool, GREEN), strict=False)
+    )
+    for y, (_, record, _) in zip(at, rows, strict=True):
         colour = colours.get(record["part"], theme.faint)
         left.hlines(y, *record["exposure"]["interval"], color=colour, lw=2)
         left.plot(record["exposure"]["difference"], y, "o", color=colour, ms=7)
@@ -113,7 +115,7 @@ def similarity_parts(models: dict[str, Record], theme: Theme) -> Figure:
             continue
         right.hlines(y, *parts["explained_interval_pp"], color=colour, lw=2)
         right.plot(parts["explained_pp"], y, "o", color=colour, ms=7)
-    left.set_yticks(at, [f"{name} · {record['part']}" for name, record in rows])
+    left.set_yticks(at, [f"{name} · {record['part']} (n = {count:,})" for name, record, count in rows])
     right.set_yticks(at, [])
     labels = ("second group farther from the pool by, 95 %", "points of the drop that it explains, 95 %")
     for axis, label in zip((left, right), labels, strict=True):
@@ -122,6 +124,10 @@ def similarity_parts(models: dict[str, Record], theme: Theme) -> Figure:
         axis.set_xlabel(label)
         axis.grid(axis="y", visible=False)
     return figure
+
+
+def _counted(result: Record) -> str:
+    return f"{result.get('arm') or result.get('model')}\nn = {sum(result['num_images'].values()):,}"
 
 
 def drop_parts(results: list[Record], theme: Theme) -> Figure:
@@ -143,7 +149,7 @@ def drop_parts(results: list[Record], theme: Theme) -> Figure:
     for key, colour in (("explained by similarity", theme.pool), ("residual at equal similarity", ORANGE)):
         axis.plot([], [], "o-", color=colour, ms=7, lw=1.8, label=key)
     axis.axvline(0, color=theme.faint, lw=1)
-    axis.set_yticks(-np.arange(len(results)), [str(r.get("arm") or r.get("model")) for r in results])
+    axis.set_yticks(-np.arange(len(results)), [_counted(r) for r in results])
     axis.set_ylim(-len(results) + 0.4, 0.6)
     axis.grid(axis="y", visible=False)
     axis.set_xlabel("points, 95 % over classes and images")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,6 +18,8 @@ from clipgap_ray.reporting.theme import ORANGE, Theme, grid, legend_above
 TICKS_PERCENT = (0.1, 1, 5, 10, 20, 50, 80, 90, 95, 99, 99.9)  # as many as fit a small panel
 MORE_TICKS_PERCENT = (0.1, 0.5, 1, 2, 5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 85, 90, 95, 98, 99, 99.5, 99.9)
 MARKERS = "osD^vP*X<>hp"
+PADDING: dict[robustness.Axes, float] = {"probit": 0.25, "logit": 0.4, "linear": 0.03}  # beyond the points
+KIND_MARKER = {"near": "v", "random": "o", "far": "^", "core": "s", "capped": "D", "full": "*"}  # readable in grey
 KIND_LABEL = {
     "near": "near-pruned (most alike removed)",
     "random": "random",
@@ -40,9 +44,9 @@ def pruning_curves(curves: list[Record], theme: Theme) -> Figure:
                 style = ("-", "--", ":")[number % 3]
                 suffix = f", by {target}" if target and len(targets) > 1 else ""
                 _curve(axis, sorted([*points, *full], key=lambda r: r["rows"]), theme.kind(kind), style,
-                       KIND_LABEL[kind] + suffix)  # fmt: skip
+                       KIND_LABEL[kind] + suffix, KIND_MARKER[kind])  # fmt: skip
         if full:
-            _curve(axis, full, theme.ink, "-", KIND_LABEL["full"])
+            _curve(axis, full, theme.ink, "-", KIND_LABEL["full"], KIND_MARKER["full"])
         axis.set_title(f"{test}  (n = {rows[0]['num_images']:,})")
         axis.set_xlabel("pool images kept")
         _at_least(axis, 0.1)
@@ -63,117 +67,127 @@ def _at_least(axis: Axes, span: float) -> None:
         axis.set_ylim(centre - span / 2, centre + span / 2)
 
 
-def _curve(axis: Axes, rows: list[Record], colour: str, style: str, label: str) -> None:
+def _curve(axis: Axes, rows: list[Record], colour: str, style: str, label: str, marker: str) -> None:
     """A line with error bars: the spread over seeds where there are several, else Wilson's interval."""
     value = np.array([r["accuracy"] for r in rows])
     low = np.array([r["accuracy"] - r["sd_seeds"] if r["sd_seeds"] is not None else r["low"] for r in rows])
     high = np.array([r["accuracy"] + r["sd_seeds"] if r["sd_seeds"] is not None else r["high"] for r in rows])
     errors = np.clip(np.stack([value - low, high - value]), 0, None)
-    axis.errorbar([r["rows"] for r in rows], value, errors, color=colour, ls=style, marker="o", ms=6, capsize=3,
-                  elinewidth=1.2, label=label)  # fmt: skip
+    axis.errorbar([r["rows"] for r in rows], value, errors, color=colour, ls=style, marker=marker, capsize=3,
+                  ms=11 if marker == "*" else 6.5, elinewidth=1.2, label=label)  # fmt: skip
 
 
-def robustness_scatter(panels: list[RobustnessPanel], main_test: str, theme: Theme) -> Figure:
-    """Accuracy on every shifted set against the main one on probit axes, with the baselines' line (figure 6)."""
+def robustness_scatter(
+    panels: list[RobustnessPanel], main_test: str, theme: Theme, scale: robustness.Axes = "probit"
+) -> Figure:
+    """Accuracy on every shifted set against the main one, on the axes of the baselines' line (figure 6)."""
     figure, axes = grid(len(panels), columns=2 if len(panels) in (2, 4) else 3, height=3.9)
     arms = names_in_order([p for panel in panels for p in panel.points if not p["supervised"]], "arm")
     many = len(arms) > len(MARKERS)  # a legend of thirty names explains nothing: the table lists them
     marker = dict.fromkeys(arms, "o") if many else dict(zip(arms, MARKERS, strict=False))
     for axis, panel in zip(axes, panels, strict=True):
-        _robustness_panel(axis, panel, marker, many, theme)
-        axis.set_xlabel(f"{main_test} accuracy (probit scale)")
-        axis.set_ylabel(f"{panel.test} accuracy (probit scale)")
+        _robustness_panel(axis, panel, marker, many, theme, scale)
+        count = {side: max((p.get(f"n_{side}") or 0 for p in panel.points), default=0) for side in "xy"}
+        for side, name, label in (("x", main_test, axis.set_xlabel), ("y", panel.test, axis.set_ylabel)):
+            label(f"{name} accuracy ({scale} scale{f', n = {count[side]:,}' if count[side] else ''})")
         axis.set_title(panel.test + ("" if panel.line is not None else "  (no line)"))
     fullest = max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1]))
     legend_above(figure, fullest, columns=5)
     return figure
 
 
-def _robustness_panel(axis: Axes, panel: RobustnessPanel, marker: dict[str, str], many: bool, theme: Theme) -> None:
+def _robustness_panel(
+    axis: Axes, panel: RobustnessPanel, marker: dict[str, str], many: bool, theme: Theme, scale: robustness.Axes
+) -> None:
+    place = partial(_place, scale=scale)
     values = np.array([[p["x"], p["y"]] for p in panel.points])
-    bounds = _padded(values)
+    bounds = _padded(values, scale)
     diagonal = np.linspace(*bounds, 2)
-    axis.plot(_probit(diagonal), _probit(diagonal), color=theme.faint, ls=(0, (2, 3)), lw=1.2, label="y = x")
+    axis.plot(place(diagonal), place(diagonal), color=theme.faint, ls=(0, (2, 3)), lw=1.2, label="y = x")
     if panel.line is not None:
-        _baseline(axis, panel.line, bounds, theme)
+        _baseline(axis, panel.line, bounds, theme, scale)
         for number, other in enumerate(panel.lines):
             x = np.linspace(*bounds, 80)
-            axis.plot(_probit(x), _probit(other.predict(x)), color=ORANGE, lw=0.8, alpha=0.6,
+            axis.plot(place(x), place(other.predict(x)), color=ORANGE, lw=0.8, alpha=0.6,
                       label=None if number else "without one baseline")  # fmt: skip
     names = set()
     for point in panel.points:
         arm = "baseline" if point["supervised"] else "model" if many else point["arm"]
         colour = ORANGE if point["supervised"] else theme.kind(point["kind"])
-        errors = _probit_errors(point)
+        errors = _place_errors(point, scale)
         axis.errorbar(
-            _probit(point["x"]), _probit(point["y"]), yerr=errors[1], xerr=errors[0], elinewidth=0.7, ls="",
+            place(point["x"]), place(point["y"]), yerr=errors[1], xerr=errors[0], elinewidth=0.7, ls="",
             ecolor=(colour, 0.45), markeredgewidth=1.6,
             marker="o" if point["supervised"] else marker[point["arm"]], ms=7.5, color=colour,
             markerfacecolor=theme.page if point["extrapolates"] else colour, label=None if arm in names else arm,
         )  # fmt: skip
         names.add(arm)
     for which in (axis.xaxis, axis.yaxis):
-        which.set_major_locator(FixedLocator(probit_ticks(float(_probit(bounds[0])), float(_probit(bounds[1])))))
+        which.set_major_locator(FixedLocator(round_ticks(float(place(bounds[0])), float(place(bounds[1])), scale)))
         which.set_minor_locator(NullLocator())
-        which.set_major_formatter(FuncFormatter(lambda z, _: f"{100 * robustness.from_axis(z, 'probit'):.3g} %"))
-    ends = (float(_probit(bounds[0])), float(_probit(bounds[1])))
+        which.set_major_formatter(FuncFormatter(lambda z, _: f"{100 * robustness.from_axis(z, scale):.3g} %"))
+    ends = (float(place(bounds[0])), float(place(bounds[1])))
     axis.set_xlim(ends)
     axis.set_ylim(ends)
 
 
-def probit_ticks(low: float, high: float) -> list[float]:
-    """Return the places of round percentages between two ends on a probit axis, more of them on a short axis."""
+def round_ticks(low: float, high: float, scale: robustness.Axes = "probit") -> list[float]:
+    """Return the places of round percentages between two ends of an axis, more of them on a short axis."""
     for percents in (TICKS_PERCENT, MORE_TICKS_PERCENT):
-        places = [place for percent in percents if low <= (place := float(_probit(percent / 100))) <= high]
+        places = [place for percent in percents if low <= (place := float(_place(percent / 100, scale))) <= high]
         if len(places) >= 4:
             break
     return places
 
 
-def _baseline(axis: Axes, line: robustness.Line, bounds: tuple[float, float], theme: Theme) -> None:
+def _baseline(
+    axis: Axes, line: robustness.Line, bounds: tuple[float, float], theme: Theme, scale: robustness.Axes
+) -> None:
     """The line over the whole panel, solid where baselines support it, with its 95 % band."""
+    place = partial(_place, scale=scale)
     x = np.linspace(*bounds, 80)
     inside = ~line.extrapolates(x)
-    axis.plot(
-        _probit(x), _probit(line.predict(x)), color=ORANGE, lw=1.2, ls="--", label="baselines' line, extrapolated"
-    )
-    axis.plot(_probit(x[inside]), _probit(line.predict(x[inside])), color=ORANGE, lw=2.4, label="baselines' line")
+    axis.plot(place(x), place(line.predict(x)), color=ORANGE, lw=1.2, ls="--", label="baselines' line, extrapolated")
+    axis.plot(place(x[inside]), place(line.predict(x[inside])), color=ORANGE, lw=2.4, label="baselines' line")
     band = line.band(x)
     if band is not None:
         low, high = (np.clip(side, 1e-4, 1 - 1e-4) for side in band)
-        axis.fill_between(_probit(x), _probit(low), _probit(high), color=ORANGE, alpha=0.15, lw=0)
+        axis.fill_between(place(x), place(low), place(high), color=ORANGE, alpha=0.15, lw=0)
 
 
-def _probit(values: np.ndarray | float) -> np.ndarray:
-    return robustness.to_axis(np.clip(values, 1e-4, 1 - 1e-4), "probit")
+def _place(values: np.ndarray | float, scale: robustness.Axes) -> np.ndarray:
+    inside = np.asarray(values, np.float64) if scale == "linear" else np.clip(values, 1e-4, 1 - 1e-4)
+    return robustness.to_axis(inside, scale)
 
 
-def _probit_errors(point: Record) -> list[np.ndarray]:
-    """Wilson's intervals as distances on the probit axes, for x and y."""
+def _place_errors(point: Record, scale: robustness.Axes) -> list[np.ndarray]:
+    """Wilson's intervals as distances on the axes, for x and y."""
     ends = []
     for name in ("x", "y"):
-        centre = _probit(point[name])
-        reach = [centre - _probit(point[f"{name}_low"]), _probit(point[f"{name}_high"]) - centre]
+        centre = _place(point[name], scale)
+        reach = [centre - _place(point[f"{name}_low"], scale), _place(point[f"{name}_high"], scale) - centre]
         ends.append(np.clip(np.array(reach).reshape(2, 1), 0, None))
     return ends
 
 
-def _padded(values: np.ndarray) -> tuple[float, float]:
-    """Common ends for both axes, 0.25 probits beyond the points."""
-    low, high = _probit(values.min()) - 0.25, _probit(values.max()) + 0.25
-    return float(robustness.from_axis(low, "probit")), float(robustness.from_axis(high, "probit"))
+def _padded(values: np.ndarray, scale: robustness.Axes) -> tuple[float, float]:
+    """Common ends for both axes, a little beyond the points."""
+    low, high = _place(values.min(), scale) - PADDING[scale], _place(values.max(), scale) + PADDING[scale]
+    return float(robustness.from_axis(low, scale)), float(robustness.from_axis(high, scale))
 
 
 def group_bars(results: list[Record], pair: tuple[str, str], theme: Theme) -> Figure:
     """Balanced accuracy of both groups per arm, and the drop with its interval over classes beside it."""
     figure, (left, right) = grid(2, columns=2, height=1.2 + 0.42 * len(results))
-    names = [_arm_name(r) for r in results]
+    names = [arm_name(r) for r in results]
+    counts = {group: _range([r["num_images"][group] for r in results]) for group in pair}
     at = np.arange(len(results))[::-1].astype(float)
     for offset, group, colour in ((0.2, pair[0], theme.pool), (-0.2, pair[1], ORANGE)):
         value = np.array([r["balanced"][group] for r in results])
         ends = np.array([r["intervals"]["balanced_images"][group] for r in results]).T
         errors = np.clip(np.stack([value - ends[0], ends[1] - value]), 0, None)
-        left.barh(at + offset, value, 0.38, xerr=errors, color=colour, label=group,
+        left.barh(at + offset, value, 0.38, xerr=errors, color=colour,
+                  label=f"{group} (n = {counts[group]})",
                   error_kw={"ecolor": theme.ink, "elinewidth": 1, "capsize": 2})  # fmt: skip
     drop = np.array([r["drop"]["drop_pp"] for r in results])
     for key, width in (("drop_pp_classes", 1.2), ("drop_pp_images", 3.2)):
@@ -207,8 +221,16 @@ def class_drop_bars(result: Record, theme: Theme) -> Figure:
     axis.set_xticks(at, [r["class_name"] for r in rows], rotation=60, ha="right", fontsize=8.5)
     axis.grid(axis="x", visible=False)
     axis.set_ylabel("drop in points (95 %)")
+    photos = ", ".join(f"n = {count:,} {group}" for group, count in result["num_images"].items())
+    axis.set_title(f"{len(rows)} classes, {photos} photos", fontsize=11)
     return figure
 
 
-def _arm_name(result: Record) -> str:
+def arm_name(result: Record) -> str:
+    """Return what a bar or row is called: the arm in a report, the model in a command's output."""
     return str(result.get("arm") or result.get("model"))
+
+
+def _range(counts: list[int]) -> str:
+    """Return a count, or the smallest and the largest."""
+    return " to ".join(f"{count:,}" for count in dict.fromkeys((min(counts), max(counts))))

@@ -9,7 +9,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 
 from clipgap_ray.kernels import robustness
 from clipgap_ray.kernels.neighbours import REGIMES
-from clipgap_ray.reporting.figures_models import probit_ticks
+from clipgap_ray.reporting.figures_models import round_ticks
 from clipgap_ray.reporting.tables import Record
 from clipgap_ray.reporting.theme import BLUE, GREEN, ORANGE, PURPLE, VERMILLION, Theme, grid, legend_above
 
@@ -90,7 +90,9 @@ def adjusted(result: Record, theme: Theme) -> Figure:
     ends = (_probit(min(known)) - 0.3, _probit(max(known)) + 0.3)
     for axis, kind, title in zip(axes, ("all", "matched"), ("all photos", "matched on similarity"), strict=True):
         _panel(axis, result, kind, ends, theme)
-        axis.set_title(title, fontsize=11)
+        counts = [m[f"{kind}_n"] for m in result["models"] if m.get(f"{kind}_n")]  # older joins have none
+        ends_n = " to ".join(f"{count:,}" for count in dict.fromkeys((min(counts), max(counts)))) if counts else ""
+        axis.set_title(f"{title}  (n = {ends_n})" if counts else title, fontsize=11)
         axis.set_xlabel(f"accuracy on {first} (probit)")
     axes[0].set_ylabel(f"accuracy on {second} (probit)")
     fullest = max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1]))
@@ -118,7 +120,7 @@ def _panel(axis: Axes, result: Record, kind: str, ends: tuple[float, float], the
         axis.annotate(f"{model['model']} {residual}", at, xytext=place, ha=side, textcoords="offset points", fontsize=9)
         placed.append(at)
     for which in (axis.xaxis, axis.yaxis):
-        which.set_major_locator(FixedLocator(probit_ticks(*ends)))
+        which.set_major_locator(FixedLocator(round_ticks(*ends)))
         which.set_minor_locator(NullLocator())
         which.set_major_formatter(FuncFormatter(lambda z, _: f"{100 * robustness.from_axis(z, 'probit'):.3g} %"))
     axis.set_xlim(ends)

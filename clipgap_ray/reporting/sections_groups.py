@@ -14,24 +14,32 @@ from clipgap_ray.reporting.numbers import Numbers
 from clipgap_ray.reporting.tables import Record
 
 
+def _named(records: list[Record]) -> list[Record]:
+    """Name the test set beside the model where there are several: rows and bars go by the model's name."""
+    if len({record["test"] for record in records}) < 2:
+        return records
+    return [{**record, "arm": f"{record['arm']} · {record['test']}"} for record in records]
+
+
 def shift(numbers: Numbers) -> Section:
     """How large is the drop from common to counter? (paper 2403.11497, section 3)"""
     if not numbers.groups:
         missing = "no test set among the predictions has the groups common and counter"
         return Section("groups", "Common and counter backgrounds", "", missing=missing)
-    section = Section("groups", "Common and counter backgrounds", say.on_groups(numbers.groups, numbers.exposure))
+    results = _named(numbers.groups)
+    section = Section("groups", "Common and counter backgrounds", say.on_groups(results, numbers.exposure))
     caption = "Balanced accuracy of both groups and the drop between them."
-    section.plots.append(Plot("group_shift", partial(figures_models.group_bars, numbers.groups, PAIR), caption))
-    first = partial(figures_models.class_drop_bars, numbers.groups[0])
-    section.plots.append(Plot("class_drops", first, f"Drop of every class, {numbers.groups[0]['arm']}."))
+    section.plots.append(Plot("group_shift", partial(figures_models.group_bars, results, PAIR), caption))
+    first = partial(figures_models.class_drop_bars, results[0])
+    section.plots.append(Plot("class_drops", first, f"Drop of every class, {results[0]['arm']}."))
     rows = []
-    for g in numbers.groups:
+    for g in results:
         worst = g["worst_class_group"]
         rows.append(
             [g["arm"], say.percent(g["balanced"]["common"]), say.percent(g["balanced"]["counter"]),
              (f"{g['drop']['drop_pp']:.1f}", say.span(*g["intervals"]["drop_pp_classes"]), False),
              (f"{g['drop']['unbalanced_drop_pp']:.1f}", say.span(*g["intervals"]["unbalanced_drop_pp_images"]), False),
-             say.percent(g["drop"]["relative"]), f"{g['drop']['log_odds']:.2f}",
+             _relative(g), _log_odds(g),
              f"{worst['class_name']} / {worst['group']} {say.percent(worst['accuracy'], 0)}",
              f"{g['num_negative_drops']} / {g['num_insignificant_drops']} of {g['num_classes']}"]
         )  # fmt: skip
@@ -40,10 +48,23 @@ def shift(numbers: Numbers) -> Section:
     section.tables.append(Table(headers, rows))
     section.notes = [
         "Common, counter, drop: balanced, every class counts once; small print: 95 % bootstrap over classes and "
-        "images. Unbalanced: every photo counts once, which mixes in that the groups have different classes; 95 % over "
-        "images."
+        "images. Relative: of the common accuracy. Log-odds: mean over classes of the difference of logits, half a "
+        "photo added to hits and misses. Unbalanced: every photo counts once, which mixes in that the groups have "
+        "different classes; 95 % over images."
     ]
     return section
+
+
+def _relative(result: Record) -> Any:
+    ends = result["intervals"]["relative_classes"]
+    shown = "" if ends is None else say.span(100 * ends[0], 100 * ends[1])
+    value = result["drop"]["relative"]
+    return "–" if value is None else (say.percent(value), shown, False)
+
+
+def _log_odds(result: Record) -> Any:
+    low, high = result["intervals"]["log_odds_classes"]
+    return (f"{result['drop']['log_odds']:.2f}".replace("-", "−"), say.span(low, high, ".2f"), False)
 
 
 def asked(numbers: Numbers) -> Section:
@@ -87,13 +108,14 @@ def join(numbers: Numbers) -> Section:
     if not numbers.joins:
         missing = "needs predictions and query scores of a test set with the groups common and counter"
         return Section("drop-similarity", title, "", missing=missing)
-    section = Section("drop-similarity", title, say.on_join(numbers.joins))
-    caption = f"Accuracy of both groups against similarity, {numbers.joins[0]['arm']}, and the parts of the drop."
-    draw = partial(figures_join.drop_at_equal_similarity, numbers.joins[0])
+    results = _named(numbers.joins)
+    section = Section("drop-similarity", title, say.on_join(results))
+    caption = f"Accuracy of both groups against similarity, {results[0]['arm']}, and the parts of the drop."
+    draw = partial(figures_join.drop_at_equal_similarity, results[0])
     section.plots.append(Plot("drop_at_equal_similarity", draw, caption))
     caption = "Every model against its own training set: explained and residual drop."
-    section.plots.append(Plot("drop_parts", partial(figures_join.drop_parts, numbers.joins), caption))
-    rows = [_joined_row(r) for r in numbers.joins]
+    section.plots.append(Plot("drop_parts", partial(figures_join.drop_parts, results), caption))
+    rows = [_joined_row(r) for r in results]
     headers = ["model", "drop (points)", "explained by similarity", "residual", "share explained", "matched drop",
                "farther by", "overlap"]  # fmt: skip
     section.tables.append(Table(headers, rows))
@@ -103,7 +125,7 @@ def join(numbers: Numbers) -> Section:
         "equal similarity. Matched: photos of both groups paired on similarity within a class. Small print: 95 % "
         "bootstrap over classes and images. Overlap: share of photos in the common support of both groups, the smaller "
         "group's. This is accounting, not proof of cause: photos that lie farther may also differ otherwise.",
-        *_warnings(numbers.joins),
+        *_warnings(results),
     ]
     return section
 

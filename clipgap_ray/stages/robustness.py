@@ -84,8 +84,9 @@ def run(settings: RobustnessSettings) -> rundir.Summary:
         "residuals": records,
         "baseline_residuals": _residuals(line, baselines),
         "leave_one_out": _leave_one_out(baselines, lines),
-        "lines": {axes: _line(robustness.fit(*baselines.on(axes), axes)) for axes in robustness.AXES},
+        "lines": {axes: own and _line(own) for axes, own in _lines(baselines).items()},
         "warnings": _warnings(records, models, baselines, line),
+        "inputs": {path: store.sha256(store.read_bytes(path)) for path in (settings.table, settings.baseline)},
         "settings": settings.fingerprint(),
     }
     store.write_json(store.join(settings.out, "robustness.json"), result)
@@ -151,13 +152,22 @@ def _ranges(lines: list[tuple[robustness.Line | None, float]], models: Models) -
 
 
 def _other_axes(models: Models, baselines: Models) -> list[dict[str, Any]]:
-    """Every residual on each choice of axes."""
-    found: dict[str, np.ndarray] = {}
-    for axes in robustness.AXES:
-        line = robustness.fit(*baselines.on(axes), axes)
-        found[axes] = robustness.residuals_pp(line, *models.on(axes))
-    return [{f"residual_{axes}_pp": float(values[i]) for axes, values in found.items()}
+    """Every residual on each choice of axes; None on axes where the baselines make no line."""
+    found = {
+        axes: None if line is None else robustness.residuals_pp(line, *models.on(axes))
+        for axes, line in _lines(baselines).items()
+    }
+    return [{f"residual_{axes}_pp": None if values is None else float(values[i]) for axes, values in found.items()}
             for i in range(len(models.names))]  # fmt: skip
+
+
+def _lines(baselines: Models) -> dict[robustness.Axes, robustness.Line | None]:
+    """The baselines' line on each choice of axes; None where they coincide once 0 and 100 % are moved inside."""
+    found: dict[robustness.Axes, robustness.Line | None] = {}
+    for axes in robustness.AXES:
+        x, y = baselines.on(axes)
+        found[axes] = robustness.fit(x, y, axes) if len(np.unique(x)) > 1 else None
+    return found
 
 
 def _intervals(
@@ -219,7 +229,7 @@ def _write_rest(
     store.write_bytes(store.join(settings.out, "residuals.csv"), csv_bytes(flat))
     points = [_point(r, False) for r in records] + [_point(r, True) for r in baselines]
     panel = RobustnessPanel(settings.y, points, line, "", lines=others)
-    files = render(partial(figures_models.robustness_scatter, [panel], settings.x))
+    files = render(partial(figures_models.robustness_scatter, [panel], settings.x, scale=settings.axes))
     store.write_bytes(store.join(settings.out, "robustness.svg"), files["light.svg"])
     store.write_bytes(store.join(settings.out, "robustness.png"), files["light.png"])
 

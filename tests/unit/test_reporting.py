@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 
 from clipgap_ray import schema, store
 from clipgap_ray.config.report import ReportSettings
-from clipgap_ray.errors import ConfigError, DataError
+from clipgap_ray.errors import BudgetError, ConfigError, DataError
 from clipgap_ray.hidden import read_hidden
 from clipgap_ray.kernels import robustness
 from clipgap_ray.reporting import (
@@ -24,6 +25,7 @@ from clipgap_ray.reporting import (
     density,
     fewshot,
     figures,
+    figures_models,
     galleries,
     joined,
     planted,
@@ -33,6 +35,7 @@ from clipgap_ray.reporting import (
     tables,
     theme,
 )
+from clipgap_ray.reporting import page as report_page
 from clipgap_ray.reporting.study import Study
 from clipgap_ray.stages import report
 from tests.unit.study_fixture import Built, build_study
@@ -153,7 +156,7 @@ def test_seeds_with_different_photos_are_compared_on_those_that_all_have(built, 
     table = pq.read_table(path)
     uids = pa.array([f"x{i}" for i in range(table.num_rows)])
     store.write_table(str(path), table.set_column(table.column_names.index("uid"), "uid", uids))
-    with pytest.raises(DataError, match="share no image of counteranimal"):
+    with pytest.raises(DataError, match="seeds of gap-sketch on counteranimal share no photo"):
         tables.accuracy(Study.open(str(tmp_path / "s")))
 
 
@@ -197,6 +200,24 @@ def test_neighbour_curves_stand_beside_the_reference_s(built, study) -> None:
     said = density.sentence(records)
     assert ("sketch" in said) == denser
     assert density.sentence([]).startswith("No gap-matched split")
+    assert {r["delta"] for r in records} == {0.05}
+    assert "Within" not in said  # these gaps did not count the reference
+
+
+def test_rows_outside_the_hull_are_shown_for_the_deltas_there_are(built, tmp_path) -> None:
+    shutil.copytree(built.root, tmp_path / "s", ignore=shutil.ignore_patterns("report", "world", "eval"))
+    path = str(tmp_path / "s" / "gaps" / "diagnostics.json")
+    counts = {"pool": 9.0, "gap-sketch": 7.5, "gap-val": 1.0, "reference": 2.0}
+    records = [{**r, "mean_rows_within": {"0.01": 0.5, "0.03": counts.get(r["split"], 4.0)}}
+               for r in store.read_json(path)]  # fmt: skip
+    store.write_json(path, records)
+    found = density.neighbour_curves(Study.open(str(tmp_path / "s")))
+    assert {r["delta"] for r in found} == {0.03}
+    assert {(r["test"], r["kind"]): r["mean_rows_within"] for r in found}["sketch", "reference"] == 2.0
+    said = density.sentence(found)
+    assert said.endswith("Within 0.03 of the hull it holds more images than the reference on sketch (7.5 against 2.0).")
+    titles = [axis.get_title() for axis in density.draw(found, theme.LIGHT).axes]
+    assert "sketch  (n = 80)" in titles
 
 
 def test_removed_rows_add_up_to_the_cut(built, study) -> None:
@@ -243,6 +264,69 @@ def test_planted_truth_is_found_and_a_miss_is_seen(built, study, tmp_path) -> No
     store.write_table(str(path), kept)
     missed = planted.planted(Study.open(str(tmp_path / "s")))
     assert (missed[0]["planted"], missed[0]["found"]) == (2, 0)
+
+
+def test_test_sets_are_named_where_there_are_several(study) -> None:
+    one = tables.group_shift(study, 20, 0)[:2]
+    both = [*one, *({**record, "test": "other"} for record in one)]
+    section = sections_groups.shift(SimpleNamespace(groups=both, exposure=[]))
+    names = [row[0] for row in section.tables[0].rows]
+    assert names == [f"{r['arm']} · {r['test']}" for r in both]
+    assert section.plots[1].caption == f"Drop of every class, {names[0]}."
+    axes = section.plots[0].draw(theme.LIGHT).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == names
+    assert sections_groups.shift(SimpleNamespace(groups=one, exposure=[])).tables[0].rows[0][0] == one[0]["arm"]
+    drops = joined.joins(study, 5, 0)[:1]
+    section = sections_groups.join(SimpleNamespace(joins=[*drops, {**drops[0], "test": "other"}]))
+    names = [f"{drops[0]['arm']} · {test}" for test in (drops[0]["test"], "other")]
+    assert [row[0].removeprefix("◆ ") for row in section.tables[0].rows] == names
+    axes = section.plots[1].draw(theme.LIGHT).axes[0]
+    photos = sum(drops[0]["num_images"].values())
+    assert [label.get_text() for label in axes.get_yticklabels()] == [f"{name}\nn = {photos}" for name in names]
+
+
+def test_leaving_one_out_leaves_out_all_its_seeds(built, tmp_path) -> None:
+    shutil.copytree(built.root, tmp_path / "s")
+    info = json.loads((tmp_path / "s" / "study.json").read_text())
+    sister = next(run for run in info["runs"] if run["name"] == "supervised-0")
+    info["runs"].append({**sister, "name": "supervised-0-s1", "seed": 1})
+    (tmp_path / "s" / "study.json").write_text(json.dumps(info))
+    shutil.copytree(tmp_path / "s" / "eval" / "supervised-0", tmp_path / "s" / "eval" / "supervised-0-s1")
+    other = Study.open(str(tmp_path / "s"))
+    panel = robust.panels(other, tables.accuracy(other), 20, 0)[0]
+    assert [line["left_out"] for line in panel.without] == [f"supervised · {n}k" for n in (12, 24, 36)]
+
+
+def test_removed_rows_per_image_are_drawn_as_a_distribution(built, study) -> None:
+    per_image, per_class = similarity.removed(study)
+    figure = figures.removed_per_image(per_image, per_class, theme.LIGHT)
+    own = sorted((r["num_removed"] for r in per_image if r["test"] == "sketch"), reverse=True)
+    axis = next(axis for axis in figure.axes if axis.get_title().startswith("sketch"))
+    assert axis.get_title() == "sketch  (n = 80)"
+    x, y = axis.lines[0].get_data()
+    assert (x.tolist(), y[-1]) == (own, pytest.approx(len(own) / 80))
+    assert axis.texts[0].get_text() == f"{len(own) / 80:.0%} cost any\nmost: {own[0]}"
+
+
+def test_kinds_of_pruning_differ_without_colour(study) -> None:
+    curves = tables.pruning_curves(study, tables.accuracy(study))
+    axis = figures_models.pruning_curves(curves, theme.LIGHT).axes[0]
+    markers = [line.get_marker() for line in axis.lines if line.get_marker() not in ("None", "|", "_")]
+    assert {"v", "o", "^", "*"} <= set(markers)
+
+
+def test_figures_about_models_say_how_many_photos(study) -> None:
+    panels = robust.panels(study, tables.accuracy(study), 20, 0)
+    axis = figures_models.robustness_scatter(panels, "val", theme.LIGHT).axes[0]
+    assert axis.get_xlabel() == "val accuracy (probit scale, n = 80)"
+    assert axis.get_ylabel() == "sketch accuracy (probit scale, n = 80)"
+    results = tables.group_shift(study, 20, 0)[:2]
+    figure = figures_models.group_bars(results, ("common", "counter"), theme.LIGHT)
+    counts = results[0]["num_images"]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == [f"{group} (n = {counts[group]})" for group in ("common", "counter")]
+    title = figures_models.class_drop_bars(results[0], theme.LIGHT).axes[0].get_title()
+    assert f"n = {counts['common']} common, n = {counts['counter']} counter photos" in title
 
 
 def test_group_shift_pools_seeds_without_counting_photos_twice(study) -> None:
@@ -444,6 +528,15 @@ def test_page_is_self_contained_and_holds_every_section(page) -> None:
     assert len(page) < 20 * 2**20
 
 
+def test_columns_that_only_a_later_record_has_are_kept(tmp_path) -> None:
+    records = [{"test": "a", "n": 1}, {"test": "b", "n": 2, "low": 0.5, "nested": {}}]
+    hashes = report_page.write_tables(str(tmp_path), {"t": records}, [])
+    assert set(hashes) == {"tables/t.csv", "tables/t.parquet"}
+    table = pq.read_table(tmp_path / "tables" / "t.parquet")
+    assert table.to_pylist() == [{"test": "a", "n": 1, "low": None}, {"test": "b", "n": 2, "low": 0.5}]
+    assert (tmp_path / "tables" / "t.csv").read_text().splitlines() == ["test,n,low", "a,1,", "b,2,0.5"]
+
+
 def test_every_figure_and_table_is_a_file_with_its_digests(built, page) -> None:
     out = built.root / "report"
     manifest = json.loads((out / "manifest.json").read_text())
@@ -481,6 +574,22 @@ def test_what_is_missing_is_named_in_the_page(built, tmp_path, gone, missing, mo
     assert set(summary.extra["missing"]) == missing
     html = (tmp_path / "s" / "report" / "index.html").read_text()
     assert html.count("Not shown:") == len(missing)
+
+
+def test_a_page_over_the_limit_is_refused_and_pictures_can_be_left_out(built, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(report.page, "render", lambda draw: EMPTY)
+    settings = {"study": str(built.root), "out": str(tmp_path / "r"), "gallery_rows": 1, "draws": 5}
+    report.run(ReportSettings(**settings, images=False))
+    html = (tmp_path / "r" / "index.html").read_text()
+    assert "data:image/jpeg" not in html
+    assert "pictures are off" in html
+    assert "beforeprint" in html
+    (tmp_path / "r" / "index.html").unlink()
+    monkeypatch.setattr(report.page, "LARGEST_BYTES", len(html) // 2)
+    with pytest.raises(BudgetError, match="MB, more than 20 MB") as error:
+        report.run(ReportSettings(**settings))
+    assert "--no-images" in error.value.hint
+    assert not (tmp_path / "r" / "index.html").exists()
 
 
 def test_a_directory_that_is_no_study_is_refused(tmp_path) -> None:

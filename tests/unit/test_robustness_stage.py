@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib import pyplot
 from scipy import stats
 
 from clipgap_ray.config.robustness import RobustnessSettings
 from clipgap_ray.errors import DataError
+from clipgap_ray.reporting import theme
 from clipgap_ray.stages import robustness
 from tests.unit.test_robustness import IMAGENET
 
@@ -73,6 +75,34 @@ def test_counts_of_images_give_intervals(files, undrawn) -> None:
     noise = 100 * np.sqrt(0.3695 * 0.6305 / 500 + slope**2 * 0.6713 * 0.3287 / 500)
     assert (high - low) / (2 * 1.96) == pytest.approx(noise, rel=0.1)
     assert "interval_low_pp" in (files / "out" / "residuals.csv").read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize("axes", ["probit", "logit", "linear"])
+def test_the_figure_is_on_the_line_s_own_axes(files, axes, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(robustness, "render", lambda draw: drawn.append(draw(theme.LIGHT)) or
+                        {"light.svg": b"", "light.png": b""})  # fmt: skip
+    robustness.run(settings(files, axes=axes))
+    axis = drawn[0].axes[0]
+    assert axis.get_xlabel() == f"common accuracy ({axes} scale)"
+    line = next(line for line in axis.lines if line.get_label() == "baselines' line")
+    slopes = np.diff(line.get_ydata()) / np.diff(line.get_xdata())
+    result = json.loads((files / "out" / "robustness.json").read_text())
+    inside = np.abs(slopes - result["slope"]) < 1e-3  # straight there, but where the curve leaves 0 to 1
+    assert inside.mean() > 0.9
+    assert set(result["inputs"]) == {str(files / "clip.csv"), str(files / "base.csv")}
+    pyplot.close("all")
+
+
+def test_baselines_that_coincide_on_other_axes_have_no_line_there(files, undrawn) -> None:
+    (files / "base.csv").write_text("model,common,counter\na,1.0,0.9\nb,0.9995,0.8\n")
+    robustness.run(settings(files, axes="linear"))
+    result = json.loads((files / "out" / "robustness.json").read_text())
+    assert result["lines"]["linear"] is not None
+    assert result["lines"]["probit"] is None
+    assert result["residuals"][0]["residual_probit_pp"] is None
+    with pytest.raises(DataError, match=r"base\.csv: .*at least two"):
+        robustness.run(settings(files, axes="probit"))
 
 
 def test_missing_columns_and_impossible_values_are_named(files) -> None:
