@@ -28,7 +28,18 @@ def launchable(resource: str) -> int:
     Raises:
         ConfigError: If CLIPGAP_LAUNCHABLE is not "NAME=NUMBER,...".
     """
-    return min(MOST_TASKS, int(_limits().get(resource, 0)))
+    return int(min(MOST_TASKS, _limits().get(resource, 0)))
+
+
+def said_here() -> str:
+    """Return what this machine knows of the limits in the words of CLIPGAP_LAUNCHABLE; "" if nothing.
+
+    For tasks that plan work themselves: on their nodes nobody wrote the limits down.
+
+    Raises:
+        ConfigError: As of `launchable`.
+    """
+    return ",".join(f"{name}={amount:g}" for name, amount in _limits().items())
 
 
 def _limits() -> dict[str, float]:

@@ -18,7 +18,7 @@ import ray
 
 from clipgap_ray import filesystems
 from clipgap_ray.config.train import TrainSettings
-from clipgap_ray.stages import train, train_plan
+from clipgap_ray.stages import autoscaler, train, train_plan
 from clipgap_ray.stages.session import Progress, cluster_gpus, connect, logger, own_error, physical_cpus, resolve_device
 from clipgap_ray.stages.train_data import DECODER_CPUS
 
@@ -71,6 +71,7 @@ def room(trainings: Sequence[TrainSettings]) -> int:
 
 def _side_by_side(todo: list[TrainSettings], places: int) -> None:
     driver = ray.remote(num_cpus=0, max_retries=DRIVER_RETRIES, scheduling_strategy="SPREAD")(_drive)
+    to_come = autoscaler.said_here()
     progress = Progress("trainings", len(todo), "models")
     waiting = list(todo)
     running: dict[ray.ObjectRef, str] = {}
@@ -79,7 +80,7 @@ def _side_by_side(todo: list[TrainSettings], places: int) -> None:
         while running or (waiting and not failed):
             while waiting and len(running) < places and not failed:
                 settings = waiting.pop(0)
-                running[driver.remote(settings, filesystems.options(), os.getcwd())] = settings.out
+                running[driver.remote(settings, filesystems.options(), os.getcwd(), to_come)] = settings.out
             progress.note = f"{len(running)} at work"
             done, _ = ray.wait(list(running), timeout=LOOK_S)
             for reference in done:
@@ -103,9 +104,18 @@ def _side_by_side(todo: list[TrainSettings], places: int) -> None:
         raise failed[0]
 
 
-def _drive(settings: TrainSettings, options: filesystems.StorageOptions, folder: str) -> None:
-    """Train in a worker; `folder` is what relative paths of the settings are relative to, on this machine."""
+def _drive(settings: TrainSettings, options: filesystems.StorageOptions, folder: str, to_come: str) -> None:
+    """Train in a worker.
+
+    Args:
+        settings: Of the training.
+        options: How S3 stores are reached.
+        folder: What relative paths of the settings are relative to, on the machine of the command.
+        to_come: What the autoscaler may bring up, which this node was not told.
+    """
     filesystems.configure(options)
+    if to_come:
+        os.environ[autoscaler.VARIABLE] = to_come
     with contextlib.chdir(folder) if os.path.isdir(folder) else contextlib.nullcontext():
         train.run(settings)
 

@@ -75,6 +75,18 @@ def test_limits_of_a_cluster_made_by_ray_up_are_read_from_its_configuration(
     assert (autoscaler.launchable("CPU"), autoscaler.launchable("GPU")) == (8 * 16 + 2 * 8, 2)
 
 
+def test_limits_can_be_told_to_nodes_that_do_not_know_them(cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster({}, {"CPU": 144.0, "GPU": 2.0, "memory": 1.5e12})
+    said = autoscaler.said_here()
+    cluster({}, None)
+    assert (autoscaler.said_here(), autoscaler.launchable("GPU")) == ("", 0)
+    monkeypatch.setenv(autoscaler.VARIABLE, said)
+    assert [autoscaler.launchable(name) for name in ("CPU", "GPU", "TPU")] == [144, 2, 0]
+    cluster({}, None)
+    monkeypatch.setenv(autoscaler.VARIABLE, "CPU=inf")
+    assert autoscaler.launchable("CPU") == autoscaler.MOST_TASKS
+
+
 @pytest.mark.parametrize(
     ("all_together", "expected"),
     [(None, {"CPU": 1 + 3 * 4 + 2 * 8, "GPU": 2}), (3, {"CPU": 1 + 2 * 8 + 4, "GPU": 2}), (1, {"CPU": 9, "GPU": 1})],
