@@ -207,27 +207,35 @@ def test_an_index_of_another_encoder_is_refused_at_start(index: str, monkeypatch
 
 
 @pytest.mark.slow
-def test_the_command_prints_a_curl_line_that_works_and_stops_on_a_signal(index: str) -> None:
-    settings = {"index": [f"pool={index}"], "port": free_port()}
-    code = (
-        "from clipgap_ray.config.serve import ServeSettings; from clipgap_ray.serving.run import run\n"
-        f"run(ServeSettings(**{settings!r}))"
-    )
+@pytest.mark.parametrize("proxy", ["--haproxy", "--no-haproxy"])
+def test_the_command_says_how_to_ask_answers_and_ends_on_a_signal(index: str, proxy: str, tmp_path: Path) -> None:
+    port, queries = free_port(), unit_rows(40, seed=78)
+    expected = exact_topk(queries, *all_rows(PARTS), 5)[1].tolist()
+    words = ["serve", "--index", f"pool={index}", "--port", str(port), proxy]
     environment = {**os.environ, "CLIPGAP_TOKEN": "for the test"}
     environment.pop("RAY_ADDRESS", None)
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    )
-    try:
-        assert process.stdout is not None
-        lines = iter(process.stdout.readline, "")
-        curl = next(line for line in lines if line.startswith("curl"))
-        assert "for the test" not in curl
-        answer = subprocess.run(curl, shell=True, capture_output=True, text=True, env=environment, timeout=60)
-        assert '"degraded":false' in answer.stdout
-        assert httpx.post(f"http://127.0.0.1:{settings['port']}/v1/search", json={"text": "x"}).status_code == 401
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
-    finally:
-        process.kill()
-        process.wait()
+    with Path(tmp_path, "said").open("w+") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "clipgap_ray.cli", *words],
+            stdout=subprocess.PIPE, stderr=said, text=True, env=environment,
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            lines = iter(process.stdout.readline, "")
+            curl = next(line for line in lines if line.startswith("curl"))
+            assert "for the test" not in curl
+            answer = subprocess.run(curl, shell=True, capture_output=True, text=True, env=environment, timeout=60)
+            assert '"degraded":false' in answer.stdout
+            assert httpx.post(f"http://127.0.0.1:{port}/v1/search", json={"text": "x"}).status_code == 401
+            with Client(f"http://127.0.0.1:{port}", token="for the test") as client, ThreadPoolExecutor(8) as threads:
+                found = list(threads.map(lambda q: client.search(vector=q.astype(float), k=5)[0], queries))
+            assert [[row.row_id for row in rows] for rows in found] == expected
+            process.send_signal(signal.SIGINT if proxy == "--haproxy" else signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+            process.wait()
+        said.seek(0)
+        warnings = said.read()
+    assert ("HAProxy" in warnings) == (proxy == "--haproxy")  # its ports, which listen on all interfaces
+    assert "Traceback" not in warnings
