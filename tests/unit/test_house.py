@@ -28,7 +28,7 @@ TIERS = {
     "filesystems": 2, "store": 2, "lease": 2, "rundir": 2, "sources": 2, "tars": 2, "shards": 2, "idlists": 2,
     "blocklist": 2, "pixels": 2, "alterations": 2,
     "testsets": 2, "encoder": 2, "encoder_names": 2, "encoder_projection": 2, "encoder_timm": 2, "embeddings": 2,
-    "index": 2, "download": 2, "uidmap": 2, "regions": 2, "world": 2,
+    "index": 2, "index_manifest": 2, "download": 2, "uidmap": 2, "regions": 2, "world": 2,
     "presets": 2,
     "config": 3, "hidden": 3,
     "reporting": 4, "stages": 4, "serving": 4, "client": 4, "status": 4, "doctor": 4,
