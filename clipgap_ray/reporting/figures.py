@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from clipgap_ray.reporting.tables import Record
+from clipgap_ray.reporting.tables import Record, short
 from clipgap_ray.reporting.theme import ORANGE, Theme, grid, legend_above
 
 MAX_BARS = 24
@@ -139,6 +139,9 @@ def removed_per_image(per_image: list[Record], per_class: list[Record], theme: T
         images = sum(r["num_images"] for r in per_class if r["test"] == test)
         axis.step(counts, np.arange(1, len(counts) + 1) / images, where="pre", color=theme.pool)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if counts[0] < 1000 else (1,)))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         axis.set_ylim(0, 1.02)
         axis.yaxis.set_major_formatter(PercentFormatter(1))
         axis.set_title(f"{test}  (n = {images:,})")

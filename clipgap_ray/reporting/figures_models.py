@@ -88,9 +88,11 @@ def robustness_scatter(
     for axis, panel in zip(axes, panels, strict=True):
         _robustness_panel(axis, panel, marker, many, theme, scale)
         count = {side: max((p.get(f"n_{side}") or 0 for p in panel.points), default=0) for side in "xy"}
-        for side, name, label in (("x", main_test, axis.set_xlabel), ("y", panel.test, axis.set_ylabel)):
-            label(f"{name} accuracy ({scale} scale{f', n = {count[side]:,}' if count[side] else ''})")
-        axis.set_title(panel.test + ("" if panel.line is not None else "  (no line)"))
+        known = f", n = {count['x']:,}" if count["x"] else ""
+        axis.set_xlabel(f"{main_test} accuracy ({scale} scale{known})")
+        axis.set_ylabel(f"{panel.test} accuracy ({scale} scale)")
+        about = [f"n = {count['y']:,}"] * bool(count["y"]) + ["no line"] * (panel.line is None)
+        axis.set_title(panel.test + (f"  ({', '.join(about)})" if about else ""))
     fullest = max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[1]))
     legend_above(figure, fullest, columns=5)
     return figure

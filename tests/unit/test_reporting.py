@@ -319,7 +319,7 @@ def test_figures_about_models_say_how_many_photos(study) -> None:
     panels = robust.panels(study, tables.accuracy(study), 20, 0)
     axis = figures_models.robustness_scatter(panels, "val", theme.LIGHT).axes[0]
     assert axis.get_xlabel() == "val accuracy (probit scale, n = 80)"
-    assert axis.get_ylabel() == "sketch accuracy (probit scale, n = 80)"
+    assert axis.get_title() == "sketch  (n = 80)"
     results = tables.group_shift(study, 20, 0)[:2]
     figure = figures_models.group_bars(results, ("common", "counter"), theme.LIGHT)
     counts = results[0]["num_images"]
