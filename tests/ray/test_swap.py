@@ -145,7 +145,7 @@ def test_versions_are_swapped_twice_under_load_without_a_failed_request(
     assert (info["version"], info["rows"], info["shards"]) == (state["version_after"], 70, 1)
     near = httpx.post(f"{address}/v1/search", json={"uid": uid(0, 66), "k": 1}).json()["results"][0][0]
     assert (near["uid"], near["caption"]) == (uid(0, 66), "caption 0 66")
-    assert httpx.get(f"{address}/readyz").json() == {"ready": True, "shards": 1, "shards_ok": 1}
+    assert httpx.get(f"{address}/readyz").json() == {"ready": True, "shards": 1, "shards_ok": 1, "encoder_ok": True}
 
 
 @pytest.mark.timeout(600)
