@@ -18,6 +18,7 @@ from clipgap_ray.reporting.theme import ORANGE, Theme, grid, legend_above
 TICKS_PERCENT = (0.1, 1, 5, 10, 20, 50, 80, 90, 95, 99, 99.9)  # as many as fit a small panel
 MORE_TICKS_PERCENT = (0.1, 0.5, 1, 2, 5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 85, 90, 95, 98, 99, 99.5, 99.9)
 MARKERS = "osD^vP*X<>hp"
+WORD = 0.12  # of an axis: the width of "85 %"
 PADDING: dict[robustness.Axes, float] = {"probit": 0.25, "logit": 0.4, "linear": 0.03}  # beyond the points
 KIND_MARKER = {"near": "v", "random": "o", "far": "^", "core": "s", "capped": "D", "full": "*"}  # readable in grey
 KIND_LABEL = {
@@ -134,12 +135,19 @@ def _robustness_panel(
 
 
 def round_ticks(low: float, high: float, scale: robustness.Axes = "probit") -> list[float]:
-    """Return the places of round percentages between two ends of an axis, more of them on a short axis."""
+    """Return the places of round percentages between two ends of an axis, more of them on a short axis.
+
+    None is so close to the one before that their words would touch.
+    """
     for percents in (TICKS_PERCENT, MORE_TICKS_PERCENT):
         places = [place for percent in percents if low <= (place := float(_place(percent / 100, scale))) <= high]
         if len(places) >= 4:
             break
-    return places
+    kept = places[:1]
+    for place in places[1:]:
+        if place - kept[-1] >= WORD * (high - low):
+            kept.append(place)
+    return kept
 
 
 def _baseline(

@@ -166,21 +166,26 @@ PRUNING_KINDS = ("near", "random", "far", "core")
 
 
 def pruning_curves(study: Study, records: list[Record]) -> list[Record]:
-    """Return accuracy over the rows kept for near, far, random and core splits, with the uncut pool as last point; core
-    sets with a cap per partition are a kind of their own, "capped"."""
+    """Return accuracy over the rows kept for near, far, random and core splits, with the uncut pool as last point.
+
+    Core sets with a cap per partition are a kind of their own, "capped". Where there are models of the uncut pool
+    with the reference and without, those count that were trained as the models of the cuts.
+    """
     recipes = study.recipes()
     full = recipes.get(study.base_split, {}).get("counts", {}).get("kept")
+    clips = [record for record in records if record["objective"] == "clip" and record["train_on"] != "reference"]
+    as_cut = {r["train_on"] for r in clips if recipes.get(r["split"], {}).get("kind") in PRUNING_KINDS}
+    whole = [record for record in clips if record["split"] == study.base_split]
+    ends = [record for record in whole if record["train_on"] in as_cut] or whole
     curves = []
-    for record in records:
+    for record in clips:
         recipe = recipes.get(record["split"], {})
-        if record["objective"] != "clip" or record["train_on"] == "reference":
-            continue
         kind = recipe.get("kind")
         if kind in PRUNING_KINDS:
             target = "" if kind == "random" else "+".join(recipe.get("tests", []))
             shown = "capped" if recipe.get("cap") else kind
             curves.append({**record, "kind": shown, "target": target, "rows": record["pool_rows_kept"]})
-        elif record["split"] == study.base_split and full:
+        elif record in ends and full:
             curves.append({**record, "kind": "full", "target": "", "rows": full})
     return curves
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -142,3 +143,24 @@ def test_the_report_draws_capped_core_sets_as_a_curve_of_their_own(built: Built)
     figure = figures_models.pruning_curves(curves, theme.LIGHT)
     assert "core set, capped per partition" in [text.get_text() for text in figure.legends[0].get_texts()]
     pyplot.close(figure)
+
+
+def test_the_whole_pool_on_the_curve_was_trained_as_the_cuts(built: Built) -> None:
+    """Near, random and far are trained without the reference here: the model with it is no end of their curve."""
+    study = built.study()
+    level = {"objective": "clip", "train_on": "pool", "test": "val", "acc1": 0.5, "pool_rows_kept": 10}
+    whole = [
+        {**level, "split": "full", "train_on": on, "acc1": acc} for on, acc in (("pool", 0.6), ("pool+reference", 0.8))
+    ]
+    cut = {**level, "split": "plain"}
+    ends = [curve["acc1"] for curve in tables.pruning_curves(study, [*whole, cut]) if curve["kind"] == "full"]
+    assert ends == [0.6]
+    ends = [c["acc1"] for c in tables.pruning_curves(study, [whole[1], cut]) if c["kind"] == "full"]
+    assert ends == [0.8]  # better than no end
+
+
+def test_ticks_keep_room_for_their_words() -> None:
+    for low, high in ((-1.3, 1.3), (-0.9, 1.1), (-3.0, 3.0), (0.6, 0.9)):
+        places = figures_models.round_ticks(low, high)
+        assert len(places) >= 2
+        assert all(b - a >= figures_models.WORD * (high - low) for a, b in itertools.pairwise(places))
