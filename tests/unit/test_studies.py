@@ -34,7 +34,6 @@ def test_the_full_study_has_three_seeds_and_three_baselines():
     assert len(study.seeds) == 3
     assert sum(run.objective == "supervised" for run in study.runs) == 3
     assert {"full", "none", *study.splits} == {run.split for run in study.runs}
-    assert study.assert_effects
     asked = study.analyses.model_dump()
     assert all(asked[name] for name in asked), "the full study asks for every analysis"
     assert study.probe_shots
