@@ -25,8 +25,14 @@ def read_index(uri: str) -> dict[str, Any]:
     if store.exists(path):  # of rows added to a complete index, too
         with contextlib.suppress(DataError):  # it was the last moment of it
             growing: dict[str, Any] = store.read_json(path)
-            return growing
+            if growing["after"] == _complete_version(uri):
+                return growing  # else it has become complete since, and its builder died before it said so
     return rundir.read_manifest(uri, "index")
+
+
+def _complete_version(uri: str) -> str:
+    path = store.join(uri, "manifest.json")
+    return str(store.read_json(path)["index_version"]) if store.exists(path) else ""
 
 
 def rows_of(manifest: Mapping[str, Any]) -> EmbeddingSet:
@@ -41,7 +47,8 @@ def rows_of(manifest: Mapping[str, Any]) -> EmbeddingSet:
 
 def publish_growing(uri: str, manifest: dict[str, Any]) -> None:
     """Let others open an index that is not complete: its shards are saved as the manifest says, or further."""
-    store.write_json(store.join(uri, GROWING), {"stage": "index", "complete": False, **manifest})
+    after = _complete_version(uri)  # which version it grows from
+    store.write_json(store.join(uri, GROWING), {"stage": "index", "complete": False, "after": after, **manifest})
 
 
 def close_growing(uri: str) -> None:
@@ -64,9 +71,11 @@ def write_excluded(uri: str, row_ids: np.ndarray) -> None:
 
 
 def _remove(uri: str) -> None:
+    if not store.exists(uri):
+        return
     fs, inside = filesystems.filesystem(uri)
-    with contextlib.suppress(FileNotFoundError):
-        fs.rm_file(inside)
+    with contextlib.suppress(FileNotFoundError):  # removed by an attempt whose answer was lost
+        filesystems.patiently(uri, lambda: fs.rm_file(inside))
 
 
 def hide_rows(uri: str, listed: str) -> int:

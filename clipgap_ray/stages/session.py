@@ -235,6 +235,9 @@ def waiting(needs: dict[str, float], count: int = 1) -> Iterator[Callable[[], No
     came = threading.Event()
     stopped: list[StoppedError] = []
     in_main = threading.current_thread() is threading.main_thread()
+    ignored = in_main and signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as a script's `command &` starts it
+    if ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def watch() -> None:
         started = time.monotonic()
@@ -259,6 +262,8 @@ def waiting(needs: dict[str, float], count: int = 1) -> Iterator[Callable[[], No
     finally:
         came.set()
         watcher.join()
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def bounded(

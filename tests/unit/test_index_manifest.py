@@ -72,7 +72,18 @@ def test_an_index_that_grows_is_served_as_far_as_it_is_saved(tmp_path: Path) -> 
         directory.log.append([write_part(source, 1, PARTS[1])])
         publish_growing(uri, _manifest(uri, source, PARTS))  # a shard may be further than an old manifest says
         assert LocalIndex.open(uri).num_rows == rows_of(read_index(uri)).num_rows == 30
+    with rundir.RunDirectory(uri, "index", {}) as directory:
+        directory.finish({**_manifest(uri, source, PARTS), "index_version": "v2"})
+    assert read_index(uri)["index_version"] == "v2"  # complete, also when the builder dies right here
+    publish_growing(uri, _manifest(uri, source, PARTS))
+    assert read_index(uri)["complete"] is False  # it grows again
     close_growing(uri)
+    assert read_index(uri)["index_version"] == "v2"
+
+
+def test_what_is_no_index_is_said(tmp_path: Path) -> None:
+    uri = str(tmp_path)
+    close_growing(uri)  # nothing to take back
     with pytest.raises(DataError, match="does not exist"):
         read_index(uri)
 

@@ -89,10 +89,16 @@ def test_the_head_costs_what_its_own_resource_costs(monkeypatch: pytest.MonkeyPa
     assert limits.hourly_cost(PricesFile(per_hour={"CPU": 0.5})) == 1.0
 
 
-def test_a_wait_for_nodes_that_do_not_come_ends_at_the_limit(nodes: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])  # in a script: `command &`
+def test_a_wait_for_nodes_that_do_not_come_ends_at_the_limit(nodes: list[dict[str, Any]], handler: Any) -> None:
     limits.start(LimitsSettings(max_hours=1e-9))
-    with pytest.raises(StoppedError, match="--max-hours is 1e-09"), session.waiting({"CPU": 1.0}):
-        time.sleep(60)
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with pytest.raises(StoppedError, match="--max-hours is 1e-09"), session.waiting({"CPU": 1.0}):
+            time.sleep(60)
+        assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_wait_for_others_work_or_for_a_result_goes_on(nodes: list[dict[str, Any]]) -> None:
