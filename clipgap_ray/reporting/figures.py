@@ -11,6 +11,7 @@ from clipgap_ray.reporting.tables import Record, short
 from clipgap_ray.reporting.theme import ORANGE, Theme, grid, legend_above
 
 MAX_BARS = 24
+NAMED_RUNS = 12  # lines that a legend can name
 
 
 def names_in_order(records: list[Record], key: str = "test") -> list[str]:
@@ -154,22 +155,31 @@ def removed_per_image(per_image: list[Record], per_class: list[Record], theme: T
 
 
 def training_curves(curves: list[Record], theme: Theme) -> Figure:
-    """Training loss against samples seen, contrastive and supervised runs apart: their losses do not compare."""
+    """Training loss against samples seen, contrastive and supervised runs apart: their losses do not compare.
+
+    Where there are more runs than a legend can name, a line is the mean over the seeds of one model.
+    """
     families = [(False, "CLIP (contrastive loss)"), (True, "supervised (cross-entropy)")]
     shown = [(flag, title) for flag, title in families if any(c["supervised"] == flag for c in curves)]
     figure, axes = grid(len(shown), columns=2, height=3.4)
     for axis, (supervised, title) in zip(axes, shown, strict=True):
-        runs = names_in_order([c for c in curves if c["supervised"] == supervised], "run")
-        palette = _line_styles(len(runs), theme)
-        for run, (colour, dashes) in zip(runs, palette, strict=True):
-            rows = [c for c in curves if c["run"] == run]
-            axis.plot([r["samples"] for r in rows], [r["loss"] for r in rows], color=colour, ls=dashes, lw=1.5,
-                      label=run)  # fmt: skip
-        axis.set_title(f"{title}, {len(runs)} run{'s' if len(runs) != 1 else ''}")
+        own = [c for c in curves if c["supervised"] == supervised]
+        runs = names_in_order(own, "run")
+        many = len(runs) > NAMED_RUNS
+        lines: dict[str, dict[int, list[float]]] = {}
+        for c in own:
+            name = c["run"].removesuffix(f"-s{c['seed']}") if many else c["run"]
+            lines.setdefault(name, {}).setdefault(c["samples"], []).append(c["loss"])
+        for (name, points), (colour, dashes) in zip(lines.items(), _line_styles(len(lines), theme), strict=True):
+            seen = sorted(points)
+            losses = [np.mean(points[samples]) for samples in seen]
+            axis.plot(seen, losses, color=colour, ls=dashes, lw=1.5, label=name)
+        means = ", mean over seeds" if many else ""
+        axis.set_title(f"{title}, {len(runs)} run{'s' if len(runs) != 1 else ''}{means}")
         axis.set_xlabel("samples seen")
         axis.set_ylabel("training loss (nats)")
         axis.xaxis.set_major_locator(MaxNLocator(5))
-        if len(runs) <= 12:
+        if len(lines) <= NAMED_RUNS:
             axis.legend(fontsize=9)
     return figure
 
