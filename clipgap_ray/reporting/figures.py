@@ -180,7 +180,9 @@ def training_curves(curves: list[Record], theme: Theme) -> Figure:
         axis.set_ylabel("training loss (nats)")
         axis.xaxis.set_major_locator(MaxNLocator(5))
         if len(lines) <= NAMED_RUNS:
-            axis.legend(fontsize=9)
+            low, high = axis.get_ylim()
+            axis.set_ylim(low, high + 0.05 * len(lines) * (high - low) / 2)  # room above the curves for the names
+            axis.legend(fontsize=8, ncols=2, loc="upper right")
     return figure
 
 

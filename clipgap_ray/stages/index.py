@@ -30,6 +30,7 @@ from clipgap_ray.errors import ShardLostError, StaleOutputError
 from clipgap_ray.index import shard_uri
 from clipgap_ray.index_manifest import close_growing, hide_rows, publish_growing
 from clipgap_ray.kernels import faiss_index
+from clipgap_ray.stages import limits
 from clipgap_ray.stages.index_merge import merge_index
 from clipgap_ray.stages.index_recall import TARGET_RECALL, calibrate
 from clipgap_ray.stages.session import Progress, bounded, connect, logger, own_error
@@ -160,6 +161,7 @@ def _prepare(directory: rundir.RunDirectory, settings: IndexSettings) -> faiss_i
         enough = choice is not None and source.rows.num_rows >= faiss_index.training_rows(choice.key, source.rows.dim)
         if not source.complete and not enough:
             choice = None
+            limits.check()
             time.sleep(settings.poll_s)
             source = open_source(settings)
     logger.info("index: key %s per shard (%s)", choice.key, choice.reason)
@@ -221,6 +223,7 @@ class Build:
                 break
             if not source.complete:
                 self._publish(source, settings, choice)
+                limits.check()  # a source that stands still shows no progress
                 time.sleep(settings.poll_s)
         self._commit(source)
         progress.close()

@@ -91,6 +91,19 @@ def test_a_limit_stops_between_two_batches_and_the_same_command_continues(tmp_pa
     _agrees(out, parts)
 
 
+def test_a_limit_stops_the_wait_for_a_source_that_stands_still(tmp_path: Path) -> None:
+    source = str(tmp_path / "emb")
+    settings = IndexSettings(follow=source, out=str(tmp_path / "index"), poll_s=0.05)
+    with rundir.RunDirectory(source, "embed", {}) as directory:
+        store.write_json(directory.path("encoder.json"), FINGERPRINT)  # and then nothing
+        limits.start(LimitsSettings(max_hours=1e-6))
+        try:
+            with pytest.raises(StoppedError, match="--max-hours"):
+                stage.run(settings)
+        finally:
+            limits.start(LimitsSettings())
+
+
 def test_a_builder_that_dies_gets_its_parts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [unit_rows(30, seed) for seed in range(6)]
     source, out = write_embeddings(tmp_path / "emb", parts), str(tmp_path / "index")
