@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from clipgap_ray import store
 from clipgap_ray.config.serve import ServeSettings
@@ -221,3 +224,44 @@ def test_a_file_that_is_written_anew_has_another_version(tmp_path: Path) -> None
     assert store.version_of(str(path)) != before
     with pytest.raises(DataError, match="cannot be read"):
         store.version_of(str(tmp_path / "none"))
+
+
+def test_several_indexes_are_told_apart_by_name_and_modality(
+    backend: LocalBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = serve_locally(write_embeddings(tmp_path / "emb", [unit_rows(8, 5)]), tmp_path / "index")
+    second = other.searchers["pool"]
+    second.info = second.info.model_copy(update={"name": "captions", "modality": "text"})
+    monkeypatch.setitem(backend.searchers, "captions", second)
+    with TestClient(make_api(backend)) as client:
+        assert [info["name"] for info in client.get("/v1/indices").json()["indices"]] == ["pool", "captions"]
+
+        def asked(**words: Any) -> tuple[str, int]:
+            answer = client.post("/v1/search", json={"text": "x", "k": 100, **words}).json()
+            return answer["index"], len(answer["results"][0])
+
+        assert asked() == asked(index="pool") == asked(modality="image") == ("pool", ROWS)
+        assert asked(index="captions") == asked(modality="text") == ("captions", 8)
+        for words, status in (({"index": "none"}, 404), ({"index": "pool", "modality": "text"}, 400)):
+            assert client.post("/v1/search", json={"text": "x", **words}).status_code == status
+        assert client.get("/readyz").json()["shards"] == 2
+
+
+def test_prompts_of_a_class_set_are_encoded_once(backend: LocalBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    whole = backend.encoder.encode_texts
+
+    async def counted(texts: list[str]) -> np.ndarray:
+        encoded.append(len(texts))
+        return await whole(texts)
+
+    monkeypatch.setattr(backend.encoder, "encode_texts", counted)
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(buffer, "PNG")
+    body = {"image": base64.b64encode(buffer.getvalue()).decode(), "classes": ["cat", "dog"]}
+    with TestClient(make_api(backend)) as client:
+        first, second = (client.post("/v1/zero-shot", json=body).json() for _ in range(2))
+        assert first == second
+        assert encoded == [2]
+        client.post("/v1/zero-shot", json={**body, "templates": ["a {}", "the {}"]})
+    assert encoded == [2, 4]
