@@ -29,8 +29,8 @@ def curves(study: Study) -> list[Record]:
     """Return accuracy per arm, test set and number of shots: mean over draws and training seeds, with their spread.
 
     Returns:
-        Records `test, arm, split, supervised, k, accuracy, sd, low, high, num_draws, num_images`; `sd` is None for one
-        draw, and then `low` and `high` are Wilson's interval over test images; else mean -+ sd.
+        Records `test, arm, split, train_on, supervised, k, accuracy, sd, low, high, num_draws, num_images`; `sd` is None
+        for one draw, and then `low` and `high` are Wilson's interval over test images; else mean -+ sd.
 
     Raises:
         DataError: If a file lacks a column or holds accuracies outside [0, 1].
@@ -51,6 +51,7 @@ def curves(study: Study) -> list[Record]:
                         "test": test,
                         "arm": arm.label,
                         "split": arm.split,
+                        "train_on": arm.train_on,
                         "kind": study.recipes().get(arm.split, {}).get("kind", ""),
                         "supervised": arm.supervised,
                         "k": int(k),
@@ -84,8 +85,10 @@ def sentence(records: list[Record], main_test: str, base_split: str) -> str:
     own = [r for r in records if r["test"] == main_test] or records
     most = max(own, key=lambda r: (r["k"] == 0, r["k"]))["k"]
     last = {r["arm"]: r for r in own if r["k"] == most and not r["supervised"]}
-    full = next((r for r in last.values() if r["split"] == base_split), None)
-    cuts = [r for r in last.values() if r["split"] != base_split]
+    cuts = [r for r in last.values() if r["split"] != base_split and r.get("train_on") != "reference"]
+    full = _full_pool(list(last.values()), cuts[0].get("train_on"), base_split) if cuts else None
+    if full is not None:  # cuts are compared with what was trained as they were
+        cuts = [r for r in cuts if r.get("train_on") == full.get("train_on")] or cuts
     where = f"With {shots(most)} on {own[0]['test']}"
     if full is None or not cuts:
         return f"{where}: " + ", ".join(f"{r['arm']} {100 * r['accuracy']:.1f} %" for r in last.values()) + "."
@@ -112,7 +115,8 @@ def table(records: list[Record], accuracy: list[Record], base_split: str) -> tup
     for test, arm in dict.fromkeys((r["test"], r["arm"]) for r in records):
         own = {r["k"]: r for r in records if (r["test"], r["arm"]) == (test, arm)}
         some = next(iter(own.values()))
-        full = {r["k"]: r for r in records if r["test"] == test and r["split"] == base_split and not r["supervised"]}
+        clips = [r for r in records if r["test"] == test and not r["supervised"]]
+        full = {k: _full_pool([r for r in clips if r["k"] == k], some.get("train_on"), base_split) for k in ks}
         zero = tables.lookup(accuracy, test=test, arm=arm)
         row: list[Any] = [test, ("◆ " if some["supervised"] else "") + arm, f"{some['num_images']:,}",
                           "–" if zero is None else f"{100 * zero['accuracy']:.1f}"]  # fmt: skip
@@ -120,6 +124,12 @@ def table(records: list[Record], accuracy: list[Record], base_split: str) -> tup
         rows.append(row)
     names = ["linear probe (all)" if k == 0 else f"{k} per class" for k in ks]
     return ["test set", "model", "n", "zero-shot", *names], rows
+
+
+def _full_pool(records: list[Record], train_on: str | None, base_split: str) -> Record | None:
+    """The full pool's record among CLIPs: of the one trained as another model was, with the reference or without."""
+    whole = [r for r in records if r["split"] == base_split and r.get("train_on") != "reference"]
+    return next((r for r in whole if r.get("train_on") == train_on), whole[0] if whole else None)
 
 
 def _cell(record: Record, full: Record | None) -> Any:
