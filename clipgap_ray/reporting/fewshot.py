@@ -29,8 +29,8 @@ def curves(study: Study) -> list[Record]:
     """Return accuracy per arm, test set and number of shots: mean over draws and training seeds, with their spread.
 
     Returns:
-        Records `test, arm, split, train_on, supervised, k, accuracy, sd, low, high, num_draws, num_images`; `sd` is None
-        for one draw, and then `low` and `high` are Wilson's interval over test images; else mean -+ sd.
+        Records `test, arm, split, train_on, supervised, k, accuracy, sd, low, high, num_draws, num_images`; `sd` is
+        None for one draw, and then `low` and `high` are Wilson's interval over test images; else mean -+ sd.
 
     Raises:
         DataError: If a file lacks a column or holds accuracies outside [0, 1].
