@@ -104,6 +104,12 @@ def hide_rows(uri: str, listed: str) -> int:
     row_ids = np.concatenate(found)
     write_excluded(uri, row_ids)
     built = manifest.get("built_version", manifest["index_version"])
-    version = store.digest([built, row_ids.tolist()])[:16] if len(row_ids) else built
-    store.write_json(store.join(uri, "manifest.json"), {**manifest, "built_version": built, "index_version": version})
+    store.write_json(store.join(uri, "manifest.json"), {**manifest, **versions_of(uri, built)})
     return len(row_ids)
+
+
+def versions_of(uri: str, built: str) -> dict[str, str]:
+    """Return the manifest's names of an index: of what was built, and of what can be found in it."""
+    path = store.join(uri, EXCLUDED)
+    shown = store.digest([built, store.sha256(store.read_bytes(path))])[:16] if store.exists(path) else built
+    return {"built_version": built, "index_version": shown}

@@ -246,6 +246,8 @@ class Gateway:
                 else:
                     raise ShardLostError(f"not every shard of {application} answers", hint="try again")
                 self.backend.replace(name, searcher)
+                # The takedown list may have been read again while the shards were asked.
+                searcher.metadata.hidden = replace(searcher.metadata.hidden, blocklist=self.hidden.blocklist)
                 self._applications[name] = application
         return await self.backend.drained(name, timeout_s)
 

@@ -28,12 +28,12 @@ from clipgap_ray.config.index import IndexSettings
 from clipgap_ray.embeddings import EmbeddingSet, Part, identity, part_file
 from clipgap_ray.errors import ShardLostError, StaleOutputError
 from clipgap_ray.index import shard_uri
-from clipgap_ray.index_manifest import close_growing, hide_rows, publish_growing
+from clipgap_ray.index_manifest import close_growing, hide_rows, publish_growing, versions_of
 from clipgap_ray.kernels import faiss_index
 from clipgap_ray.stages import limits
 from clipgap_ray.stages.index_merge import merge_index
 from clipgap_ray.stages.index_recall import TARGET_RECALL, calibrate
-from clipgap_ray.stages.session import Progress, bounded, connect, logger, own_error
+from clipgap_ray.stages.session import Progress, bounded, connect, logger, own_error, waiting
 from clipgap_ray.stages.sharded import (
     ACTOR_CPUS,
     SAVE_EVERY_S,
@@ -74,6 +74,7 @@ def run(settings: IndexSettings) -> rundir.Summary | dict[str, Any]:
     hidden = hide_rows(settings.out, settings.blocklist) if settings.blocklist else None
     merged = merge_index(settings.out, settings.merge) if settings.merge else None
     if summary is not None:
+        summary.extra |= {} if hidden is None else {"hidden": hidden}
         return summary
     found: dict[str, Any] = {} if hidden is None else {"hidden": hidden}
     return found if merged is None else {**found, "merged": settings.merge, **merged}
@@ -143,7 +144,7 @@ def _manifest(
         "shards": [
             {"number": s["number"], "rows": s["rows"], "parts": len(s["parts"]), "files": s["files"]} for s in shards
         ],
-        "index_version": store.digest([choice.key, nprobe, *(s["files"] for s in shards)])[:16],
+        **versions_of(uri, store.digest([choice.key, nprobe, *(s["files"] for s in shards)])[:16]),
     }
 
 
@@ -211,7 +212,10 @@ class Build:
 
         While it grows the index can be opened as far as it is saved (`clipgap_ray.index.read_index`).
         """
-        self._on_all("held")
+        needs = {"CPU": _builder_cpus(settings.shards), "GPU": settings.gpus}
+        with waiting(needs, settings.shards) as came:  # for a GPU that no node has, for example
+            self._on_all("held")
+            came()
         source = open_source(settings)
         progress = Progress("index", len(source.rows.parts), "parts", done=sum(map(len, self.held)))
         while True:
@@ -234,7 +238,10 @@ class Build:
         began, held = time.monotonic(), sum(map(len, self.held))
         if held == self._shown or began < self._show_at or not self._on_all("save"):
             return
-        least, most = ray.get(self.builders[0].efforts.remote())
+        try:
+            least, most = ray.get(self.builders[0].efforts.remote())
+        except RayActorError:
+            return  # it died just now: the next round finds out, and publishes
         nprobe = max(least, most // GROWING_EFFORT)  # recall is measured at the end
         publish_growing(self.directory.uri, _manifest(self.directory.uri, source, settings, choice, nprobe))
         now = time.monotonic()

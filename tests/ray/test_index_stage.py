@@ -16,6 +16,7 @@ from clipgap_ray.config.index import IndexSettings
 from clipgap_ray.config.limits import LimitsSettings
 from clipgap_ray.errors import ConfigError, DataError, ShardLostError, StaleOutputError, StoppedError
 from clipgap_ray.index import LocalIndex
+from clipgap_ray.index_manifest import read_index
 from clipgap_ray.kernels.topk import exact_topk
 from clipgap_ray.stages import index as stage
 from clipgap_ray.stages import limits
@@ -89,6 +90,21 @@ def test_a_limit_stops_between_two_batches_and_the_same_command_continues(tmp_pa
     assert not Path(out, "manifest.json").exists()
     assert stage.run(settings.model_copy(update={"limits": LimitsSettings()})).kept == 120
     _agrees(out, parts)
+
+
+def test_tombstones_outlive_a_build_and_name_its_version(tmp_path: Path) -> None:
+    parts = [unit_rows(20, seed) for seed in range(2)]
+    source, out = write_embeddings(tmp_path / "emb", parts), str(tmp_path / "index")
+    listed = tmp_path / "blocklist.txt"
+    listed.write_text(f"{uid(1, 3)}\n")
+    settings = IndexSettings(embeddings=source, out=out, recall_queries=5)
+    built = stage.run(settings.model_copy(update={"blocklist": str(listed)}))
+    assert isinstance(built, rundir.Summary)
+    assert built.extra["hidden"] == 1
+    hiding = read_index(out)["index_version"]
+    stage.run(settings)  # does nothing, and forgets nothing
+    assert read_index(out)["index_version"] == hiding != read_index(out)["built_version"]
+    assert (1 << 32) + 3 not in LocalIndex.open(out).search(parts[1], 40)[1]
 
 
 def test_a_limit_stops_the_wait_for_a_source_that_stands_still(tmp_path: Path) -> None:
