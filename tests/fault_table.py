@@ -23,13 +23,12 @@ Cells = dict[tuple[str, str], str]  # by stage and fault
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Begin the cell of a test that is marked `fault`: its column is the mark's name, else the parameter `victim`."""
+    """Begin the cell of a test that is marked `fault(column, stage=row)`; either may be a parameter of the test."""
     mark = item.get_closest_marker("fault")
     if mark is not None:
-        params = item.callspec.params  # type: ignore[attr-defined]
-        item.user_properties.append(
-            ("fault", (params["stage"], mark.args[0] if mark.args else params["victim"], FAILED))
-        )
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        fault = mark.args[0] if mark.args else params["victim"]
+        item.user_properties.append(("fault", (mark.kwargs.get("stage") or params["stage"], fault, FAILED)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

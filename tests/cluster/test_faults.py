@@ -25,15 +25,17 @@ import torch
 
 from clipgap_ray import schema, store
 from clipgap_ray.config.dedup import DedupSettings
-from clipgap_ray.config.embed import EmbedSettings
+from clipgap_ray.config.embed import EmbedSettings, ImportSettings
 from clipgap_ray.config.evaluate import EvaluateSettings
 from clipgap_ray.config.export import ExportSettings
 from clipgap_ray.config.index import IndexSettings
 from clipgap_ray.config.score import ScoreSettings
+from clipgap_ray.config.split import GapMatch, GapsSettings
 from clipgap_ray.config.train import TrainSettings
+from clipgap_ray.config.world import WorldSettings
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.kernels import subsets
-from clipgap_ray.stages import dedup, embed, evaluate, export, index, score, train
+from clipgap_ray.stages import dedup, embed, evaluate, export, gaps, imports, index, score, split, train, world
 from tests import made, s3_server
 from tests.driver import Driver, ray_folder, until
 from tests.two_nodes import TwoNodes
@@ -43,13 +45,19 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 SEED = int(os.environ.get("CLIPGAP_FAULT_SEED", "0"))
 LIMIT_S = 240.0
 ROOMY = 1 << 30  # bytes that a tmpfs may take; it takes what is written
-STAGES = {"embed": embed, "score": score, "dedup": dedup, "export": export, "index": index,
-          "train": train, "evaluate": evaluate}  # fmt: skip
+ON_NODES = {"world": world, "embed": embed, "score": score, "dedup": dedup, "gaps": gaps, "export": export,
+            "index": index, "train": train, "evaluate": evaluate}  # fmt: skip
+IN_THE_DRIVER = {"import": imports, "split": split}  # no worker, node or object store has a part in them
+STAGES = ON_NODES | IN_THE_DRIVER
 #: What a stage's result is, below its folder; the rest is bookkeeping with times in it.
 RESULTS = {
+    "world": ("pool/", "reference/", "tests/", "counteranimal/", "truth.parquet"),
     "embed": ("img_emb/", "text_emb/", "metadata/", "ledger/"),
+    "import": ("img_emb/", "text_emb/", "metadata/", "ledger/"),
     "score": ("pool/", "queries/", "thresholds/"),
     "dedup": ("keep/", "groups", "found.json"),
+    "split": ("cut.",),
+    "gaps": ("cut/", "diagnostics.json"),
     "export": ("0", "sizes.json", "sample_ids.npy", "meta.json"),
     "index": ("shard_00000/index.faiss", "shard_00001/index.faiss", "uidmap"),
     "train": ("metrics.jsonl", "checkpoint.pt"),
@@ -71,6 +79,15 @@ class Lab:
 
     def settings(self, stage: str, out: str) -> Any:
         given = self.inputs
+        if stage == "world":
+            return WorldSettings(rows=300, out=out)
+        if stage == "import":
+            return ImportSettings(folder=given["embeddings"]["pool"], model="projection", pretrained="made", out=out)
+        if stage == "split":
+            return GapMatch(scores=given["scores"], test=made.TESTS, out=f"{out}/cut.npy")
+        if stage == "gaps":
+            pool = given["embeddings"]["pool"]
+            return GapsSettings(pool=pool, scores=given["scores"], split=(given["cut"],), out=out)
         if stage == "embed":
             return EmbedSettings(source=given["pool"], out=out, model="projection", batch_size=made.BATCH_SIZE)
         if stage == "score":
@@ -80,7 +97,7 @@ class Lab:
                 pool=given["embeddings"]["pool"], min_similarity=0.97, mode="partitioned", partitions=8, out=out
             )
         if stage == "export":
-            return ExportSettings(split=given["split"], source=given["pool"], shard_size=40, write_uid=True, out=out)
+            return ExportSettings(split=given["half"], source=given["pool"], shard_size=40, write_uid=True, out=out)
         if stage == "index":
             return IndexSettings(embeddings=given["embeddings"]["pool"], key="Flat", recall_queries=10, out=out)
         if stage == "train":
@@ -91,11 +108,17 @@ class Lab:
         tests = tuple(f"{name}={given['tests']}/{name}" for name in made.TESTS)
         return EvaluateSettings(model="conv-64-test", pretrained="random", test=tests, batch_size=16, out=out)
 
+    def start(self, stage: str, out: Path) -> Driver:
+        """Start a stage that writes below a folder; a short one finds it there, so its time includes its imports."""
+        if stage in IN_THE_DRIVER:
+            out.mkdir(parents=True)
+        return self.cluster.driver(STAGES[stage], self.settings(stage, str(out)))
+
     def undisturbed(self, stage: str, folder: Path) -> tuple[dict[str, bytes], float]:
         """The stage's result on this cluster, and the seconds from its first file to its end."""
         if stage not in self.whole:
             out = folder / "whole"
-            driver = self.cluster.driver(STAGES[stage], self.settings(stage, str(out)))
+            driver = self.start(stage, out)
             began = moment_of_birth(out, driver)
             assert driver.wait(timeout=LIMIT_S) == 0, driver.said()
             self.whole[stage] = (results(stage, made.files_below(str(out))), time.monotonic() - began)
@@ -140,14 +163,18 @@ def lab(
 ) -> Iterator[Lab]:
     inputs = tmp_path_factory.mktemp("lab")
     uids = EmbeddingSet.open(tiny_embeddings["pool"]).all_metadata(["uid"]).column("uid")
-    split = str(inputs / "half.npy")
-    store.write_bytes(split, store.array_bytes(subsets.sorted_unique(schema.pack_uids(uids))[::2]))
+    half = str(inputs / "half.npy")
+    store.write_bytes(half, store.array_bytes(subsets.sorted_unique(schema.pack_uids(uids))[::2]))
     given = {"pool": tiny_world.path("pool"), "tests": tiny_world.path("tests"), "embeddings": tiny_embeddings,
-             "split": split, "samples": str(inputs / "samples")}  # fmt: skip
+             "half": half, "samples": str(inputs / "samples")}  # fmt: skip
     with ray_folder() as folder, s3_server.running() as s3:
         s3.put("bucket", "ready", b"")
         cluster = TwoNodes(folder, **s3_server.CREDENTIALS, AWS_ENDPOINT_URL=s3.url)
-        yield Lab(cluster, s3, given, {})
+        lab = Lab(cluster, s3, {**given, "scores": str(inputs / "scores"), "cut": str(inputs / "cut.npy")}, {})
+        scoring = lab.start("score", inputs / "scores")
+        assert scoring.wait(timeout=LIMIT_S) == 0, scoring.said()
+        split.run(GapMatch(scores=lab.inputs["scores"], test=("sketch",), out=lab.inputs["cut"]))
+        yield lab
         cluster.close()
 
 
@@ -158,8 +185,11 @@ def outcome(record_property: Callable[[str, object], None]) -> Callable[..., Non
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("victim", ["driver", "worker", "node"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "victim"),
+    [(stage, victim) for stage in ON_NODES for victim in ("driver", "worker", "node")]
+    + [(stage, "driver") for stage in IN_THE_DRIVER],
+)
 def test_a_death_at_any_moment_changes_no_byte(
     lab: Lab, stage: str, victim: str, tmp_path: Path, outcome: Callable[..., None]
 ) -> None:
@@ -169,7 +199,7 @@ def test_a_death_at_any_moment_changes_no_byte(
     for attempt in range(4):  # a stage may be over before the moment: then an earlier one
         out = tmp_path / f"out-{attempt}"
         settings = lab.settings(stage, str(out))
-        driver = lab.cluster.driver(STAGES[stage], settings)
+        driver = lab.start(stage, out)
         moment = moment_of_birth(out, driver) + rng.uniform(0.0, 0.8) * seconds / 2**attempt
         until(lambda moment=moment: time.monotonic() >= moment, "the moment", LIMIT_S)
         if victim == "worker":
@@ -191,7 +221,7 @@ def test_a_death_at_any_moment_changes_no_byte(
 
 
 @pytest.mark.fault("full object store")
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ON_NODES)
 def test_full_object_stores_change_no_byte(lab: Lab, stage: str, tmp_path: Path, outcome: Callable[..., None]) -> None:
     expected, _ = lab.undisturbed(stage, tmp_path)
     out = tmp_path / "out"

@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,18 +16,33 @@ import yaml
 
 from clipgap_ray import store
 from clipgap_ray.embeddings import EmbeddingSet
+from tests import made
 
 ROOT = Path(__file__).resolve().parents[2]
+SEED = int(os.environ.get("CLIPGAP_FAULT_SEED", "0"))
 SECOND_RUN_S = 90  # finished stages only check themselves; most of it is Python importing torch on a busy machine
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
-def _clipgap(*words):
+def _command(*words):
     environment = {**os.environ, "CLIPGAP_RAY_TMP": tempfile.mkdtemp(prefix="cg-")}
     environment.pop("RAY_ADDRESS", None)
-    command = [sys.executable, "-m", "clipgap_ray.cli", *words]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    return {"args": [sys.executable, "-m", "clipgap_ray.cli", *words], "cwd": ROOT, "env": environment, "text": True}
+
+
+def _clipgap(*words):
+    return subprocess.run(**_command(*words), capture_output=True, timeout=900)
+
+
+def _kill_at(place, *words):
+    """Start a command and kill it as its n-th step begins; returns that step's line."""
+    with subprocess.Popen(**_command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        steps = (line.strip() for line in process.stderr if line.startswith("-- "))
+        step = next(line for number, line in enumerate(steps, 1) if number == place)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    return step
 
 
 @pytest.fixture(scope="module")
@@ -145,15 +162,18 @@ ANALYSES = {
 }
 
 
+@pytest.mark.fault("driver", stage="run")
 @pytest.mark.timeout(1800)
-def test_analyses_that_are_asked_for_later_are_added_and_then_skipped(study, tmp_path):
+def test_analyses_that_are_asked_for_later_are_added_through_a_death_and_then_skipped(study, tmp_path, record_property):
     out, _ = study
     values = yaml.safe_load((ROOT / "studies" / "tiny.yaml").read_text())
     (tmp_path / "more.yaml").write_text(yaml.safe_dump({**values, "analyses": ANALYSES}))
     trained = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.pt")}
     words = ("run", str(tmp_path / "more.yaml"), "--out", os.path.relpath(out, ROOT))
+    seed = SEED + 8
+    died_in = _kill_at(random.Random(seed).randint(2, 20), *words)
     result = _clipgap(*words)
-    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.returncode == 0, (died_in, result.stderr[-4000:])
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*.pt")} == trained
     page = (out / "report" / "index.html").read_text()
     for anchor in ("asked", "few-shot", "neighbours-neighbours", "selection", "encoders"):
@@ -172,3 +192,29 @@ def test_analyses_that_are_asked_for_later_are_added_and_then_skipped(study, tmp
     assert again.returncode == 0, again.stderr[-4000:]
     assert again.stderr.count("is there already") == 4  # the report, too
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    record_property("fault", ("run", "driver", f"rerun (seed {seed})"))
+
+
+@pytest.mark.fault("driver", stage="report")
+@pytest.mark.timeout(600)
+def test_a_report_that_died_is_the_same_after_the_same_command(study, tmp_path, record_property):
+    out, _ = study
+    began = time.monotonic()
+    whole = _clipgap("report", str(out), "--out", str(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr[-4000:]
+    seed = SEED + 9
+    words = ("report", str(out), "--out", str(tmp_path / "struck"))
+    with subprocess.Popen(**_command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            process.wait(random.Random(seed).uniform(0.2, 0.6) * (time.monotonic() - began))
+        except subprocess.TimeoutExpired:
+            process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "struck" / "manifest.json").exists()
+    again = _clipgap(*words)
+    assert again.returncode == 0, again.stderr[-4000:]
+    timeless = [made.files_below(str(tmp_path / name)) for name in ("whole", "struck")]
+    for files in timeless:
+        del files["summary.json"], files["manifest.json"]  # seconds, and where the page went
+    assert timeless[0] == timeless[1]
+    record_property("fault", ("report", "driver", f"rerun (seed {seed})"))
