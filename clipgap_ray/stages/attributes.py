@@ -27,7 +27,8 @@ from clipgap_ray.encoder import Encoder, EncoderSettings
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.kernels import attributes
 from clipgap_ray.reporting.page import csv_bytes
-from clipgap_ray.stages.session import Progress, each_part
+from clipgap_ray.stages.progress import Progress
+from clipgap_ray.stages.waits import each_part
 
 SHIPPED = ("backgrounds", "backgrounds-miniature")
 FOLDER = re.compile(r"(?:common|counter)-(.+)\Z")

@@ -22,7 +22,7 @@ from clipgap_ray.kernels import cutout
 from clipgap_ray.reporting.page import csv_bytes
 from clipgap_ray.shards import Sample
 from clipgap_ray.sources import Shard, suffix_of
-from clipgap_ray.stages.session import Progress
+from clipgap_ray.stages.progress import Progress
 
 PARTS = {"foreground": cutout.foreground, "background": cutout.background}
 FORMATS = {"png": "PNG", "webp": "WEBP"}  # everything else is written as JPEG; readers look at the content

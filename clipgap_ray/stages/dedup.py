@@ -30,7 +30,7 @@ from clipgap_ray.kernels import duplicates
 from clipgap_ray.stages import edges, partition_check, partitions
 from clipgap_ray.stages.dedup_rows import Rows, equal_bytes, ranked, read_rows, stay_order
 from clipgap_ray.stages.keep import keep_path
-from clipgap_ray.stages.session import Progress, logger
+from clipgap_ray.stages.progress import Progress, logger
 
 LEAST_GROUP_BYTES, GROUP_BYTES = 1 << 20, 64 << 20
 EXACT_ROWS = 200_000  # (2e5)^2 * 512 flop = 2e13: four minutes at the 85 GFLOP/s of two cores

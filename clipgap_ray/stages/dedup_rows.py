@@ -15,7 +15,7 @@ from clipgap_ray.config.dedup import COLUMNS, DedupSettings
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.kernels import duplicates
 from clipgap_ray.stages import edges
-from clipgap_ray.stages.session import Progress
+from clipgap_ray.stages.progress import Progress
 
 SHA256 = re.compile(r"[0-9a-fA-F]{64}\Z")
 STAYS_STREAM = 2 << 32  # independent of the other samples that hashes of (seed, uid) draw

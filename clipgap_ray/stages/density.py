@@ -14,8 +14,10 @@ from clipgap_ray import schema
 from clipgap_ray.embeddings import EmbeddingSet, Part
 from clipgap_ray.errors import ConfigError
 from clipgap_ray.kernels import nearest_exact
-from clipgap_ray.stages.session import Progress, bounded, connect
+from clipgap_ray.stages.progress import Progress
+from clipgap_ray.stages.session import connect
 from clipgap_ray.stages.thresholds import nearest_in
+from clipgap_ray.stages.waits import bounded
 
 if TYPE_CHECKING:
     from clipgap_ray.stages.split import Table

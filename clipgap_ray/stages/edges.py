@@ -18,7 +18,9 @@ from clipgap_ray import schema, store
 from clipgap_ray.embeddings import EmbeddingSet, Part
 from clipgap_ray.errors import ConfigError
 from clipgap_ray.kernels import duplicates
-from clipgap_ray.stages.session import Progress, bounded, connect
+from clipgap_ray.stages.progress import Progress
+from clipgap_ray.stages.session import connect
+from clipgap_ray.stages.waits import bounded
 
 GATHER_CPUS = 0.5  # reads more than it computes
 MAX_EDGES = 100_000_000  # 2.4 GB in the driver, and about 8 GB for a moment while a rule sorts them

@@ -37,17 +37,9 @@ from clipgap_ray.stages.embed_encode import Encode, write_part
 from clipgap_ray.stages.embed_metrics import Measured
 from clipgap_ray.stages.embed_outputs import Output
 from clipgap_ray.stages.embed_read import ReadPlan, ShardDatasource, Work, read_chunks
-from clipgap_ray.stages.session import (
-    Progress,
-    cluster_gpus,
-    connect,
-    gpu_nodes,
-    is_private,
-    logger,
-    own_error,
-    physical_cpus,
-    waiting,
-)
+from clipgap_ray.stages.progress import Progress, logger
+from clipgap_ray.stages.session import cluster_gpus, connect, gpu_nodes, is_private, own_error, physical_cpus
+from clipgap_ray.stages.waits import waiting
 
 WINDOW_SHARDS = 4096  # shards per Ray Data execution: bounds the driver's plan at 41,408 shards
 BLOCK_BYTES = 16 << 20  # small blocks: chunks reach the encoders while their shard is still being read

@@ -15,7 +15,8 @@ from clipgap_ray import embeddings, rundir, store
 from clipgap_ray.config.embed import EmbedSettings
 from clipgap_ray.encoder import Encoder, EncoderSettings, Preprocess, check
 from clipgap_ray.errors import ConfigError
-from clipgap_ray.stages.session import logger, resolve_device
+from clipgap_ray.stages.progress import logger
+from clipgap_ray.stages.session import resolve_device
 
 # Appending shards is not a change of settings, moving weights to another path neither; what the other folders of a run
 # hold is no matter of this one.

@@ -22,7 +22,9 @@ from clipgap_ray.shards import Sample
 from clipgap_ray.stages import evaluate_features, evaluate_models, evaluate_tables
 from clipgap_ray.stages.evaluate_io import TABLE, ZERO_SHOT, check_unchanged, decoded, write_jsonl, write_result
 from clipgap_ray.stages.evaluate_sets import Question, questions
-from clipgap_ray.stages.session import Progress, bounded, connect, resolve_device
+from clipgap_ray.stages.progress import Progress
+from clipgap_ray.stages.session import connect, resolve_device
+from clipgap_ray.stages.waits import bounded
 
 
 def run(settings: EvaluateSettings) -> rundir.Summary:

@@ -23,7 +23,9 @@ from clipgap_ray.sources import list_shards
 from clipgap_ray.stages import evaluate_models
 from clipgap_ray.stages.evaluate_io import PROBE, RETRIEVAL, check_unchanged, decoded, write_jsonl, write_result
 from clipgap_ray.stages.evaluate_sets import Question
-from clipgap_ray.stages.session import Progress, bounded, connect, resolve_device
+from clipgap_ray.stages.progress import Progress
+from clipgap_ray.stages.session import connect, resolve_device
+from clipgap_ray.stages.waits import bounded
 
 RANKS = (1, 5, 10)
 CURVE = pa.schema([("k", pa.int32()), ("seed", pa.int64()), ("acc1", pa.float64()), ("num_samples", pa.int64())])

@@ -27,7 +27,9 @@ from clipgap_ray.config.export import ExportSettings
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.sources import Shard, list_shards
 from clipgap_ray.stages import export_copy, export_index
-from clipgap_ray.stages.session import Progress, bounded, connect, logger
+from clipgap_ray.stages.progress import Progress, logger
+from clipgap_ray.stages.session import connect
+from clipgap_ray.stages.waits import bounded
 
 EXIT_MISSING = 3
 

@@ -17,7 +17,9 @@ from clipgap_ray import blocklist, rundir, schema, store
 from clipgap_ray.kernels import subsets
 from clipgap_ray.shards import Sample, read_shard
 from clipgap_ray.sources import Shard
-from clipgap_ray.stages.session import Progress, bounded, connect
+from clipgap_ray.stages.progress import Progress
+from clipgap_ray.stages.session import connect
+from clipgap_ray.stages.waits import bounded
 
 TASK_CPUS = 0.5  # reading waits for disks and networks
 

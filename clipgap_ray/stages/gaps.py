@@ -23,9 +23,11 @@ from clipgap_ray.config.split import GapsSettings
 from clipgap_ray.embeddings import EmbeddingSet, Part
 from clipgap_ray.kernels import kept, nearest
 from clipgap_ray.stages.keep import read_keep, read_split
-from clipgap_ray.stages.session import Progress, bounded, connect
+from clipgap_ray.stages.progress import Progress
+from clipgap_ray.stages.session import connect
 from clipgap_ray.stages.split import read_tau
 from clipgap_ray.stages.thresholds import nearest_in
+from clipgap_ray.stages.waits import bounded
 
 GROUP_BYTES = 1 << 27
 BEFORE = "pool"  # the pool as it was scored, before any cut

@@ -26,7 +26,7 @@ from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.kernels.vectors import normalise
 from clipgap_ray.shards import CAPTION_FIELDS, URL_FIELDS, sample_uid
 from clipgap_ray.sources import Shard
-from clipgap_ray.stages.session import Progress
+from clipgap_ray.stages.progress import Progress
 
 NORM_TOLERANCE = 1e-2  # float16 rows of unit norm are within 1e-3
 

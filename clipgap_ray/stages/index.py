@@ -33,7 +33,8 @@ from clipgap_ray.kernels import faiss_index
 from clipgap_ray.stages import limits
 from clipgap_ray.stages.index_merge import merge_index
 from clipgap_ray.stages.index_recall import TARGET_RECALL, calibrate
-from clipgap_ray.stages.session import Progress, bounded, connect, logger, own_error, waiting
+from clipgap_ray.stages.progress import Progress, logger
+from clipgap_ray.stages.session import connect, own_error
 from clipgap_ray.stages.sharded import (
     ACTOR_CPUS,
     SAVE_EVERY_S,
@@ -43,6 +44,7 @@ from clipgap_ray.stages.sharded import (
     read_empty,
     write_empty,
 )
+from clipgap_ray.stages.waits import bounded, waiting
 
 BATCH_BYTES = 1 << 28  # rows that a builder reads and adds per call
 GROWING_EFFORT = 8  # while an index grows a search visits this fraction of the cells

@@ -27,7 +27,7 @@ from clipgap_ray.errors import DataError, StaleOutputError
 from clipgap_ray.index import IndexShard, open_shard
 from clipgap_ray.kernels import faiss_index
 from clipgap_ray.kernels.faiss_merge import LEFT_OUT, merge
-from clipgap_ray.stages.session import logger
+from clipgap_ray.stages.progress import logger
 from clipgap_ray.stages.sharded import read_empty
 
 

@@ -13,8 +13,9 @@ from clipgap_ray.errors import ConfigError
 from clipgap_ray.kernels import faiss_index
 from clipgap_ray.kernels.nearest_exact import nearest
 from clipgap_ray.kernels.topk import merge_topk
-from clipgap_ray.stages.session import bounded, logger
+from clipgap_ray.stages.progress import logger
 from clipgap_ray.stages.sharded import ShardedIndex, Source
+from clipgap_ray.stages.waits import bounded
 
 GROUP_BYTES = 1 << 28  # rows that a task of the exact search reads
 RECALL_K = 10

@@ -18,7 +18,7 @@ from clipgap_ray import rundir, schema, store
 from clipgap_ray.embeddings import EmbeddingSet, Part
 from clipgap_ray.errors import DataError
 from clipgap_ray.kernels.concepts import Concepts
-from clipgap_ray.stages.session import each_part
+from clipgap_ray.stages.waits import each_part
 
 
 @dataclass(frozen=True)

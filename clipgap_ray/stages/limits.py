@@ -2,7 +2,7 @@
 
 The clock starts with the command. Costs are those of the cluster's nodes, whoever uses them: resources of the living
 nodes times their price, added up from look to look. Stages look when they show progress, which is after each commit,
-and while no node could run their work (`session.waiting`); nothing is interrupted in the middle, so a limit is overshot
+and while no node could run their work (`waits.waiting`); nothing is interrupted in the middle, so a limit is overshot
 by at most one part (training looks all the time: it goes back to its last checkpoint).
 """
 

@@ -21,7 +21,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from clipgap_ray import regions
 from clipgap_ray.environment import FAISS_WHEELS
 from clipgap_ray.errors import ConfigError
-from clipgap_ray.stages.session import connect, logger
+from clipgap_ray.stages.progress import logger
+from clipgap_ray.stages.session import connect
 
 ANSWER_S = 120.0  # torch's first import on a cold disk takes most of a minute
 COMPARED = ("python", "ray", "torch", "faiss", "cuda")

@@ -30,7 +30,9 @@ from clipgap_ray import filesystems, schema, store
 from clipgap_ray.embeddings import EmbeddingSet, Part
 from clipgap_ray.kernels import clustering, duplicates
 from clipgap_ray.stages.edges import Edges, RowMask, group_name, read_edges, run_units, sample_rows, write_edges
-from clipgap_ray.stages.session import Progress, bounded, connect
+from clipgap_ray.stages.progress import Progress
+from clipgap_ray.stages.session import connect
+from clipgap_ray.stages.waits import bounded
 
 ASSIGN_BYTES = UNIT_BYTES = 1 << 27
 LEAST_UNIT_BYTES = 1 << 22

@@ -27,7 +27,7 @@ from clipgap_ray.sources import Shard
 from clipgap_ray.stages import budget, embed, embed_outputs
 from clipgap_ray.stages.embed_outputs import Output
 from clipgap_ray.stages.embed_read import ReadPlan, Work, from_stream, read_chunks
-from clipgap_ray.stages.session import logger
+from clipgap_ray.stages.progress import logger
 
 SHARDS_COUNTED = 5
 CHUNK_ROWS = 32

@@ -35,7 +35,7 @@ from clipgap_ray.sources import list_shards
 from clipgap_ray.stages import budget, dedup, plan
 from clipgap_ray.stages.autoscaler import most_resources
 from clipgap_ray.stages.embed_read import ReadPlan
-from clipgap_ray.stages.session import logger
+from clipgap_ray.stages.progress import logger
 from clipgap_ray.stages.study_data import Data, locate
 
 PLAN = "plan.json"

@@ -15,7 +15,8 @@ import numpy as np
 from clipgap_ray import rundir, schema, store
 from clipgap_ray.embeddings import EmbeddingSet, Part
 from clipgap_ray.kernels import clustering
-from clipgap_ray.stages.session import Progress, each_part
+from clipgap_ray.stages.progress import Progress
+from clipgap_ray.stages.waits import each_part
 
 if TYPE_CHECKING:
     from clipgap_ray.stages.split import Table

@@ -20,7 +20,9 @@ from clipgap_ray.errors import ConfigError
 from clipgap_ray.kernels import subsets
 from clipgap_ray.shards import Sample, Skip, read_shard
 from clipgap_ray.sources import Shard, list_shards
-from clipgap_ray.stages.session import Progress, bounded, connect
+from clipgap_ray.stages.progress import Progress
+from clipgap_ray.stages.session import connect
+from clipgap_ray.stages.waits import bounded
 
 SAMPLES = pa.schema(
     [

@@ -29,9 +29,11 @@ from clipgap_ray.embeddings import EmbeddingSet, Part
 from clipgap_ray.errors import ConfigError, DataError, StaleOutputError
 from clipgap_ray.kernels import nearest
 from clipgap_ray.stages.keep import read_keep
+from clipgap_ray.stages.progress import Progress
 from clipgap_ray.stages.score_queries import QuerySide, read_partial, write_queries
-from clipgap_ray.stages.session import Progress, bounded, cluster_gpus, connect, physical_cpus, resolve_device
+from clipgap_ray.stages.session import cluster_gpus, connect, physical_cpus, resolve_device
 from clipgap_ray.stages.thresholds import Tests, load_tests, tau_digest
+from clipgap_ray.stages.waits import bounded
 
 Keep = dict[int, np.ndarray]  # part -> (rows,) bool, True = stays
 

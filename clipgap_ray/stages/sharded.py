@@ -21,7 +21,8 @@ from clipgap_ray.index import Answer, IndexShard, check_queries, open_shard, sha
 from clipgap_ray.index_manifest import read_index
 from clipgap_ray.kernels import faiss_index
 from clipgap_ray.kernels.topk import merge_topk
-from clipgap_ray.stages.session import logger, own_error
+from clipgap_ray.stages.progress import logger
+from clipgap_ray.stages.session import own_error
 
 ACTOR_CPUS = 0.25
 SAVE_EVERY_S = 30.0

@@ -41,7 +41,7 @@ from clipgap_ray.stages import (
     sweep,
     train,
 )
-from clipgap_ray.stages.session import logger
+from clipgap_ray.stages.progress import logger
 from clipgap_ray.stages.study_data import Data, prepare
 from clipgap_ray.stages.study_step import MADE_FROM, Step
 

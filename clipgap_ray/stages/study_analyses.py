@@ -23,7 +23,7 @@ from clipgap_ray.config.train import EvaluateSettings
 from clipgap_ray.encoder import EncoderSettings
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.stages import agreement, attributes, embed, evaluate, evaluate_sets, score, study_groups
-from clipgap_ray.stages.session import logger
+from clipgap_ray.stages.progress import logger
 from clipgap_ray.stages.study_data import Data
 from clipgap_ray.stages.study_step import Step
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from clipgap_ray.config.study import StudyFile
 from clipgap_ray.config.world import WorldSettings
 from clipgap_ray.stages import world as world_stage
-from clipgap_ray.stages.session import logger
+from clipgap_ray.stages.progress import logger
 
 
 @dataclass(frozen=True)

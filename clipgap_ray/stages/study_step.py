@@ -8,7 +8,7 @@ from typing import Any
 
 from clipgap_ray import __version__, store
 from clipgap_ray.config.base import Settings
-from clipgap_ray.stages.session import logger
+from clipgap_ray.stages.progress import logger
 
 MADE_FROM = "made_from.json"
 

@@ -20,7 +20,7 @@ from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.kernels import subsets
 from clipgap_ray.stages.keep import bitmap_bytes, bitmap_path, read_keep, read_split
-from clipgap_ray.stages.session import logger
+from clipgap_ray.stages.progress import logger
 
 Masks = dict[int, np.ndarray]  # part -> (rows,) bool
 OPERATIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {

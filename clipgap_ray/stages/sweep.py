@@ -19,7 +19,8 @@ import ray
 from clipgap_ray import filesystems
 from clipgap_ray.config.train import TrainSettings
 from clipgap_ray.stages import autoscaler, train, train_plan
-from clipgap_ray.stages.session import Progress, cluster_gpus, connect, logger, own_error, physical_cpus, resolve_device
+from clipgap_ray.stages.progress import Progress, logger
+from clipgap_ray.stages.session import cluster_gpus, connect, own_error, physical_cpus, resolve_device
 from clipgap_ray.stages.train_data import DECODER_CPUS
 
 DRIVER_RETRIES = 3  # a driver that dies with its node; errors of the training itself are not retried

@@ -18,7 +18,9 @@ from clipgap_ray.config.score import ScoreSettings
 from clipgap_ray.embeddings import EmbeddingSet, Part, check_same_encoder, identity
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.kernels import nearest, nearest_exact
-from clipgap_ray.stages.session import Progress, bounded, connect
+from clipgap_ray.stages.progress import Progress
+from clipgap_ray.stages.session import connect
+from clipgap_ray.stages.waits import bounded
 
 REFERENCE_BYTES = 1 << 27
 

@@ -27,10 +27,12 @@ from clipgap_ray.encoder import EncoderSettings, check, register_models
 from clipgap_ray.errors import ClipgapError, ConfigError, DataError, StoppedError
 from clipgap_ray.stages import limits, train_report
 from clipgap_ray.stages.autoscaler import launchable
-from clipgap_ray.stages.session import Progress, amounts, cluster_cpus, connect, resolve_device, slots_to_come, waiting
+from clipgap_ray.stages.progress import Progress
+from clipgap_ray.stages.session import cluster_cpus, connect, resolve_device
 from clipgap_ray.stages.train_data import DECODER_CPUS, Plan
 from clipgap_ray.stages.train_loop import opened, train_loop
 from clipgap_ray.stages.train_plan import make_plan
+from clipgap_ray.stages.waits import amounts, slots_to_come, waiting
 
 WORKER_CPUS = 0.9  # two workers must fit beside fractions of other tasks on two CPUs
 COLLECTIVE_TIMEOUT_S = 300

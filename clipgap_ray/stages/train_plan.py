@@ -24,8 +24,10 @@ from clipgap_ray.kernels.order import ResampledOrder, SampleOrder
 from clipgap_ray.shards import Skip, read_shard
 from clipgap_ray.sources import list_shards
 from clipgap_ray.stages import samples
-from clipgap_ray.stages.session import bounded, connect, logger
+from clipgap_ray.stages.progress import logger
+from clipgap_ray.stages.session import connect
 from clipgap_ray.stages.train_data import Order, Part, Plan
+from clipgap_ray.stages.waits import bounded
 
 PARTS_PER_TASK = 64  # a pool of no more is filtered in this process
 PAGE_BYTES = 4096  # what a local disk reads at least

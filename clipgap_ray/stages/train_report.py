@@ -1,4 +1,6 @@
-"""Where the metrics of a training go besides metrics.jsonl: TensorBoard by default, wandb and mlflow if installed."""
+"""Where the metrics of a training go besides metrics.jsonl: always to Prometheus, by Ray's exporter; to TensorBoard by
+default; to wandb and mlflow if asked for.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,19 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+from ray.util.metrics import Gauge
+
 from clipgap_ray import filesystems, store
 from clipgap_ray.errors import ConfigError
 
+#: Gauges by run, and the columns of metrics.jsonl that they show.
+GAUGES = {
+    "clipgap_train_loss": "loss",
+    "clipgap_train_learning_rate": "lr",
+    "clipgap_train_samples_per_s": "samples_per_s",
+    "clipgap_train_data_wait_share": "data_wait_share",
+    "clipgap_train_samples": "samples",
+}
 POSITIONS = ("step", "samples")  # the axis, not values on it
 
 
@@ -51,7 +63,7 @@ def open_reporters(settings: dict[str, Any], out: str) -> Iterator[list[Reporter
         out: The run directory.
     """
     kinds: dict[str, type[Any]] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": Mlflow}
-    reporters: list[Reporter] = [kinds[name](settings, out) for name in settings["report_to"]]
+    reporters: list[Reporter] = [Prometheus(out), *(kinds[name](settings, out) for name in settings["report_to"])]
     try:
         yield reporters
     finally:
@@ -61,6 +73,22 @@ def open_reporters(settings: dict[str, Any], out: str) -> Iterator[list[Reporter
 
 def _values(row: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in row.items() if name not in POSITIONS}
+
+
+class Prometheus:
+    """The last values of a run as gauges of the driver's node, named like the run directory."""
+
+    def __init__(self, out: str) -> None:
+        self._tags = {"run": out.rstrip("/").rsplit("/", 1)[-1]}
+        self._gauges = {Gauge(name, f"Training: {of}.", tag_keys=("run",)): of for name, of in GAUGES.items()}
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Show the last row."""
+        for gauge, of in self._gauges.items():
+            gauge.set(float(rows[-1][of]), self._tags)
+
+    def close(self) -> None:
+        """Leave the last values; Ray forgets them with the driver."""
 
 
 class TensorBoard:

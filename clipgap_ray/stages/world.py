@@ -14,7 +14,9 @@ import ray
 
 from clipgap_ray import rundir, store, world
 from clipgap_ray.config.world import WorldSettings
-from clipgap_ray.stages.session import Progress, bounded, connect
+from clipgap_ray.stages.progress import Progress
+from clipgap_ray.stages.session import connect
+from clipgap_ray.stages.waits import bounded
 
 
 def run(settings: WorldSettings) -> rundir.Summary:

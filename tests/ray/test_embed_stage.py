@@ -18,7 +18,7 @@ from clipgap_ray import rundir, schema, store
 from clipgap_ray.config.embed import EmbedSettings
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import BudgetError, ConfigError, StaleOutputError
-from clipgap_ray.stages import embed, embed_metrics
+from clipgap_ray.stages import embed, embed_metrics, progress
 from tests import made
 from tests.conftest import CLIP_SCORE_TOLERANCE, STORED_NORM_TOLERANCE
 from tests.driver import until
@@ -333,11 +333,13 @@ def test_what_a_run_measures_is_in_its_summary_and_on_the_nodes_prometheus_port(
     port = ray.nodes()[0]["MetricsExportPort"]
     wanted = {f"ray_{name}_total" for name in embed_metrics.COUNTERS if "cross_node" not in name}
     wanted |= {f"ray_{name}" for name in embed_metrics.GAUGES}
+    wanted |= {f"ray_{name}_total" for name in progress.COUNTERS} | {f"ray_{name}" for name in progress.GAUGES}
 
     def exported() -> set[str]:
         text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
-        return set(re.findall(r"^(ray_clipgap_embed_\w+)\{", text, re.M))
+        return set(re.findall(r"^(ray_clipgap_\w+)\{", text, re.M))
 
     until(lambda: wanted <= exported(), f"export of {wanted - exported()}", 60)
     text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
     assert re.search(r'ray_clipgap_embed_rows_total\{[^}]*outcome="kept"', text)
+    assert re.search(r'ray_clipgap_stage_units_left\{[^}]*stage="embed"[^}]*\} 0.0', text)

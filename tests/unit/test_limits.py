@@ -20,7 +20,8 @@ from clipgap_ray.config.index import IndexSettings
 from clipgap_ray.config.limits import HEAD, LimitsSettings, PricesFile
 from clipgap_ray.errors import ConfigError, StoppedError
 from clipgap_ray.kernels.order import SampleOrder
-from clipgap_ray.stages import limits, session, train
+from clipgap_ray.stages import limits, session, train, waits
+from clipgap_ray.stages.progress import Progress
 from clipgap_ray.stages.train_data import Plan
 
 PRICES = "per_hour: {CPU: 0.5, GPU: 2.0}\ncurrency: EUR\n"
@@ -41,7 +42,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_hours_are_looked_at_with_every_step_of_progress(clock: SimpleNamespace) -> None:
     limits.start(LimitsSettings(max_hours=2))
-    progress = session.Progress("embed", 10, "shards")
+    progress = Progress("embed", 10, "shards")
     progress.advance()
     clock.hours = 1.99
     progress.advance()
@@ -73,8 +74,8 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     there: list[dict[str, Any]] = []
     monkeypatch.setattr(session.ray, "nodes", lambda: there)
     monkeypatch.setattr(session.ray, "available_resources", dict)
-    monkeypatch.setattr(session, "launchable", lambda resource: 8)
-    monkeypatch.setattr(session, "SAY_SHORTAGE_S", 0.01)
+    monkeypatch.setattr(waits, "launchable", lambda resource: 8)
+    monkeypatch.setattr(waits, "SAY_SHORTAGE_S", 0.01)
     return there
 
 
@@ -94,7 +95,7 @@ def test_a_wait_for_nodes_that_do_not_come_ends_at_the_limit(nodes: list[dict[st
     limits.start(LimitsSettings(max_hours=1e-9))
     before = signal.signal(signal.SIGINT, handler)
     try:
-        with pytest.raises(StoppedError, match="--max-hours is 1e-09"), session.waiting({"CPU": 1.0}):
+        with pytest.raises(StoppedError, match="--max-hours is 1e-09"), waits.waiting({"CPU": 1.0}):
             time.sleep(60)
         assert signal.getsignal(signal.SIGINT) == handler
     finally:
@@ -104,12 +105,12 @@ def test_a_wait_for_nodes_that_do_not_come_ends_at_the_limit(nodes: list[dict[st
 def test_a_wait_for_others_work_or_for_a_result_goes_on(nodes: list[dict[str, Any]]) -> None:
     nodes.append({"Alive": True, "Resources": {"CPU": 1.0}})
     limits.start(LimitsSettings(max_hours=1e-9))
-    with session.waiting({"CPU": 1.0}):
+    with waits.waiting({"CPU": 1.0}):
         time.sleep(0.2)
 
 
 def test_ctrl_c_in_a_wait_stays_what_it_is(nodes: list[dict[str, Any]]) -> None:
-    with pytest.raises(KeyboardInterrupt), session.waiting({"CPU": 1.0}):
+    with pytest.raises(KeyboardInterrupt), waits.waiting({"CPU": 1.0}):
         raise KeyboardInterrupt
 
 

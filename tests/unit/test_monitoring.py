@@ -8,7 +8,7 @@ import ray.dashboard.modules.metrics.dashboards as shipped
 import yaml
 
 from clipgap_ray.serving.guard import OPEN_PATHS, Meters
-from clipgap_ray.stages import embed_metrics
+from clipgap_ray.stages import embed_metrics, progress, train_report
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "deploy/monitoring"
@@ -41,11 +41,11 @@ def test_the_service_exports_what_is_charted_and_nothing_is_forgotten():
     assert charted <= _ours()
 
 
-def test_embed_exports_what_is_charted_and_nothing_is_forgotten():
+def test_stages_export_what_is_charted_and_nothing_is_forgotten():
     charted = {name for name in _charted() if name.startswith("ray_clipgap_")}
-    exported = {f"ray_{name}_total" for name in embed_metrics.COUNTERS} | {
-        f"ray_{name}" for name in embed_metrics.GAUGES
-    }
+    counters = [*embed_metrics.COUNTERS, *progress.COUNTERS]
+    gauges = [*embed_metrics.GAUGES, *progress.GAUGES, *train_report.GAUGES]
+    exported = {f"ray_{name}_total" for name in counters} | {f"ray_{name}" for name in gauges}
     assert charted == exported
     documented = (ROOT / "docs/cluster.md").read_text()
     assert [name for name in sorted(exported) if f"`{name}`" not in documented] == []

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from clipgap_ray.errors import ClipgapError, ConfigError
-from clipgap_ray.stages import autoscaler, session
+from clipgap_ray.stages import autoscaler, session, waits
 
 
 @pytest.fixture
@@ -145,27 +145,27 @@ def test_a_cluster_that_happens_to_run_here_is_not_joined(monkeypatch: pytest.Mo
 )
 def test_a_shortage_names_the_resource(cluster, has, may, free, said):
     cluster(has, may, free=free)
-    assert session.shortage({"CPU": 0.5, "GPU": 1.0}).startswith(said)
+    assert waits.shortage({"CPU": 0.5, "GPU": 1.0}).startswith(said)
 
 
 def test_resources_on_different_nodes_do_not_add_up(cluster, monkeypatch):
     cluster({"CPU": 4.0, "GPU": 1.0}, None)
     nodes = [{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": True, "Resources": {"GPU": 1.0}}]
     monkeypatch.setattr(session.ray, "nodes", lambda: nodes)
-    assert session.shortage({"CPU": 1.0, "GPU": 1.0}) == "no node has 1 CPU and 1 GPU together"
+    assert waits.shortage({"CPU": 1.0, "GPU": 1.0}) == "no node has 1 CPU and 1 GPU together"
 
 
 def test_workers_that_start_together_are_counted_together(cluster, monkeypatch):
     cluster({"CPU": 2.7}, None)
-    assert session.slots({"CPU": 0.9}) == session.slots_to_come({"CPU": 0.9}) == 3
-    assert session.shortage({"CPU": 0.9}, 4) == (
+    assert waits.slots({"CPU": 0.9}) == waits.slots_to_come({"CPU": 0.9}) == 3
+    assert waits.shortage({"CPU": 0.9}, 4) == (
         "4 workers want 0.9 CPU each, the nodes have room for 3; add nodes to the cluster"
     )
     cluster({"CPU": 2.7}, {"CPU": 8}, free={"CPU": 0.1})
-    assert session.shortage({"CPU": 0.9}, 8).endswith("the autoscaler may launch more")
-    assert session.shortage({"CPU": 0.9}, 3) == "all CPU of the cluster is in use"
+    assert waits.shortage({"CPU": 0.9}, 8).endswith("the autoscaler may launch more")
+    assert waits.shortage({"CPU": 0.9}, 3) == "all CPU of the cluster is in use"
     cluster({"CPU": 1.5}, None, nodes=4)
-    assert session.slots({"CPU": 0.9, "GPU": 0.0}) == 4, "halves of two nodes make no place"
+    assert waits.slots({"CPU": 0.9, "GPU": 0.0}) == 4, "halves of two nodes make no place"
 
 
 def test_training_that_would_wait_for_ever_is_refused(cluster):
@@ -196,16 +196,16 @@ def test_training_that_would_wait_for_ever_is_refused(cluster):
 
 def test_waiting_speaks_until_something_comes_and_never_gives_up(cluster, monkeypatch):
     cluster({"CPU": 4.0}, None)
-    monkeypatch.setattr(session, "SAY_SHORTAGE_S", 0.01)
+    monkeypatch.setattr(waits, "SAY_SHORTAGE_S", 0.01)
     spoken = threading.Event()
-    monkeypatch.setattr(session.logger, "info", lambda *words: spoken.set())
-    with session.waiting({"GPU": 1.0}) as came:
+    monkeypatch.setattr(waits.logger, "info", lambda *words: spoken.set())
+    with waits.waiting({"GPU": 1.0}) as came:
         assert spoken.wait(10)
         spoken.clear()
         assert spoken.wait(10)
         came()
     spoken.clear()
-    with session.waiting({"GPU": 1.0}) as came:
+    with waits.waiting({"GPU": 1.0}) as came:
         came()
         assert not spoken.wait(0.05)
 

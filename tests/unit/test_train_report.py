@@ -14,7 +14,10 @@ from tensorboardX.proto.event_pb2 import Event
 from clipgap_ray.errors import ConfigError
 from clipgap_ray.stages import train_report
 
-ROWS = [{"step": 10, "samples": 160, "loss": 2.5, "lr": 0.001}, {"step": 20, "samples": 320, "loss": 2.0, "lr": 0.0005}]
+ROWS = [
+    {"step": 10, "samples": 160, "loss": 2.5, "lr": 0.001, "samples_per_s": 8.0, "data_wait_share": 0.25},
+    {"step": 20, "samples": 320, "loss": 2.0, "lr": 0.0005, "samples_per_s": 9.0, "data_wait_share": 0.5},
+]
 
 
 def events(folder: Path) -> list[Event]:
@@ -33,7 +36,7 @@ def test_tensorboard_s_files_hold_every_value(tmp_path: Path, remote: bool) -> N
     out = f"memory://run-{tmp_path.name}" if remote else str(tmp_path)
     with train_report.open_reporters({"report_to": ["tensorboard"]}, out) as reporters:
         for row in ROWS:
-            reporters[0].add([row])
+            reporters[-1].add([row])
     folder = tmp_path / "tensorboard"
     if remote:
         import fsspec
@@ -41,9 +44,29 @@ def test_tensorboard_s_files_hold_every_value(tmp_path: Path, remote: bool) -> N
         fsspec.filesystem("memory").get(f"/run-{tmp_path.name}/tensorboard", str(folder), recursive=True)
     values = {(v.tag, e.step): v.simple_value for e in events(folder) for v in e.summary.value}
     assert values == {
-        ("train/loss", 10): 2.5, ("train/lr", 10): pytest.approx(0.001),
-        ("train/loss", 20): 2.0, ("train/lr", 20): pytest.approx(0.0005),
-    }  # fmt: skip
+        (f"train/{name}", row["step"]): pytest.approx(value)
+        for row in ROWS
+        for name, value in row.items()
+        if name not in train_report.POSITIONS
+    }
+
+
+def test_prometheus_gets_the_last_row_by_the_run_s_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: dict[str, tuple[float, dict[str, str]]] = {}
+
+    class Gauge:
+        def __init__(self, name: str, text: str, tag_keys: tuple[str, ...]) -> None:
+            self.name = name
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            shown[self.name] = (value, tags)
+
+    monkeypatch.setattr(train_report, "Gauge", Gauge)
+    with train_report.open_reporters({"report_to": []}, "study/runs/full-s0/") as (reporter,):
+        reporter.add(ROWS)
+    run = {"run": "full-s0"}
+    assert shown == {name: (float(ROWS[1][of]), run) for name, of in train_report.GAUGES.items()}
+    assert {"clipgap_train_loss", "clipgap_train_samples_per_s"} <= set(shown)
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
@@ -70,4 +93,5 @@ def test_wandb_and_mlflow_get_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> 
     with train_report.open_reporters({"report_to": ["wandb", "mlflow"], "lr": 1}, "runs/a") as reporters:
         for reporter in reporters:
             reporter.add(ROWS[:1])
-    assert logged == [(name, {"train/loss": 2.5, "train/lr": 0.001}, 10) for name in ("wandb", "mlflow")]
+    values = {f"train/{name}": value for name, value in ROWS[0].items() if name not in train_report.POSITIONS}
+    assert logged == [(name, values, 10) for name in ("wandb", "mlflow")]
