@@ -98,6 +98,21 @@ def write_embeddings(
     return embeddings.EmbeddingSet.open(out)
 
 
+def write_attributes(
+    out: str, rows: embeddings.EmbeddingSet, attribute_of: dict[str, str], names: tuple[str, ...]
+) -> str:
+    """Labels of known attributes by uid, as `clipgap attributes` leaves them."""
+    for part in rows.parts:
+        uids = rows.metadata(part.number, ["uid"]).column("uid").to_pylist()
+        values: dict[str, Any] = {field.name: pa.nulls(len(uids), field.type) for field in schema.ATTRIBUTES}
+        values |= {"uid": pa.array(uids), "attribute": pa.array([attribute_of.get(uid) for uid in uids], pa.string())}
+        table = pa.table(values, schema=schema.ATTRIBUTES)
+        store.write_table(f"{out}/labels/part-{part.number:05d}.parquet", table)
+    about = {"stage": "attributes", "embeddings": rows.uri, "digest_of_embeddings": rows.digest}
+    store.write_json(f"{out}/manifest.json", {**about, "attributes": list(names)})
+    return out
+
+
 def score_words(made: dict[str, str], tests: tuple[str, ...] = TESTS) -> dict[str, Any]:
     """Settings of `score` for embeddings by name: pool, tests, and the reference for all of them."""
     words = tuple(f"{name}={made[name]}" for name in tests)

@@ -22,10 +22,12 @@ from scipy import stats
 
 from clipgap_ray.kernels import intervals
 from clipgap_ray.kernels.overlap import Photos
+from clipgap_ray.kernels.selection import q_values
 
 NEVER, WRONG, OTHER, COVERED = REGIMES = ("never seen", "wrong caption", "other background", "well covered")
 SMOOTHING = 0.5  # rows added to each background, so that a log ratio of none is finite
 CLASS_DRAWS = 2000
+FDR = 0.05  # of the classes said to have more of one background than chance gives, at most this share is wrong
 
 
 def regimes(
@@ -99,6 +101,24 @@ def by_group(
     return records
 
 
+def more_common(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Does a class have more rows of one background than of another, beyond chance?
+
+    Args:
+        counts: (C, 2) rows of the first and of the second background.
+
+    Returns:
+        (C,) float64 two-sided exact binomial p-values against even odds (scipy), NaN without rows; and (C,) int64 +1
+        where the first background is the more common one, -1 where the second is, 0 where it may be chance (Benjamini
+        and Hochberg over the classes, at `FDR`).
+    """
+    counts = np.asarray(counts)
+    p = np.array([stats.binomtest(int(a), int(a + b)).pvalue if a + b else np.nan for a, b in counts], np.float64)
+    with np.errstate(invalid="ignore"):
+        beyond = q_values(p) <= FDR  # NaN is not
+    return p, np.where(beyond, np.sign(counts[:, 0] - counts[:, 1]), 0).astype(np.int64)
+
+
 def prevalence(
     counts: np.ndarray, backgrounds: np.ndarray, drop_pp: np.ndarray, rng: np.random.Generator
 ) -> dict[str, Any]:
@@ -111,18 +131,24 @@ def prevalence(
         rng: For the bootstrap over classes.
 
     Returns:
-        `log_ratio` (C values, None where unknown), `num_classes`, `first_more_common` (count, rate and Wilson's
-        interval of the classes whose first background is the more common one in the pool), `spearman` with `p` (scipy)
-        and `interval` (bootstrap over classes; all None for fewer than 4 classes or without spread).
+        `log_ratio` and `more_common` (C values each, None where unknown; of `more_common`), `num_classes`,
+        `first_more_common` (count, rate and Wilson's interval of the classes whose first background is the more common
+        one in the pool), `first_beyond_chance` and `second_beyond_chance` (classes where that is more than chance),
+        `spearman` with `p` (scipy) and `interval` (bootstrap over classes; all None for fewer than 4 classes or
+        without spread).
     """
     known = (backgrounds >= 0).all(axis=1) & (counts.sum(axis=1) > 0) & (backgrounds[:, 0] != backgrounds[:, 1])
     rows = np.nonzero(known)[0]
     first, second = (counts[rows, backgrounds[rows, side]] + SMOOTHING for side in (0, 1))
     ratio = np.log(first / second)
-    result: dict[str, Any] = {"log_ratio": [None] * len(counts), "num_classes": len(rows), "first_more_common": None,
+    _, sides = more_common(counts[rows[:, None], backgrounds[rows]])
+    result: dict[str, Any] = {"log_ratio": [None] * len(counts), "more_common": [None] * len(counts),
+                              "num_classes": len(rows), "first_more_common": None,
+                              "first_beyond_chance": int((sides > 0).sum()),
+                              "second_beyond_chance": int((sides < 0).sum()),
                               "spearman": None, "p": None, "interval": None}  # fmt: skip
-    for row, value in zip(rows.tolist(), ratio.tolist(), strict=True):
-        result["log_ratio"][row] = value
+    for row, value, side in zip(rows.tolist(), ratio.tolist(), sides.tolist(), strict=True):
+        result["log_ratio"][row], result["more_common"][row] = value, side
     if len(rows):
         more = int((ratio > 0).sum())
         low, high = intervals.wilson(np.array(more), np.array(len(rows)))

@@ -10,8 +10,8 @@ from clipgap_ray.reporting.tables import Record, lookup
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """0.4478 -> 44.8 %."""
-    return "–" if value is None or not np.isfinite(value) else f"{100 * value:.{digits}f}\u00a0%"
+    """0.4478 -> 44.8 %, -0.01 -> −1.0 %."""
+    return "–" if value is None or not np.isfinite(value) else signed(100 * value, f".{digits}f") + "\u00a0%"
 
 
 def points(value: float | None) -> str:
@@ -271,10 +271,12 @@ def on_planted(records: list[Record]) -> str:
     """Was the planted truth recovered?"""
     if not records:
         return "Real data: nothing was planted."
-    return (
-        "Planted and found again: "
-        + "; ".join(
-            f"{r['what']}{' in ' + r['test'] if r['test'] else ''} {r['found']:,} of {r['planted']:,}" for r in records
-        )
-        + "."
-    )
+    return "Planted and found again: " + "; ".join(map(_recovered, records)) + "."
+
+
+def _recovered(record: Record) -> str:
+    text = f"{record['what']}{' in ' + record['test'] if record['test'] else ''}"
+    found, planted, others = record["found"], record["planted"], record["not_planted"]
+    if not planted and others is not None:
+        return f"{text}: none planted, {f'{others:,} found' if others else 'none found'}"
+    return f"{text} {found:,} of {planted:,}" + (f" (and {others:,} that were not planted)" if others else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from clipgap_ray.kernels.neighbours import FDR
 from clipgap_ray.reporting import conclusions as say
 from clipgap_ray.reporting import figures_groups, figures_join, figures_pool, found
 from clipgap_ray.reporting.layout import Plot, Section, Table
@@ -76,7 +77,7 @@ def _on_neighbours(result: Record) -> str:
         more = common["first_more_common"]
         text = (
             f"In {more['count']} of {common['num_classes']} classes the pool has more images of the "
-            f"{own['groups'][0]} background"
+            f"{own['groups'][0]} background{_beyond_chance(common, own['groups'])}"
         )
         if common["spearman"] is not None:
             ends = say.span(common["interval"][0], common["interval"][1], ".2f") if common["interval"] else ""
@@ -95,6 +96,17 @@ def _on_neighbours(result: Record) -> str:
                 f"{say.points(most['matched_residual_pp'])} off the baselines' line."
             )
     return " ".join(sentences) or f"{model}: the pool says nothing about these photos."
+
+
+def _beyond_chance(common: Record, groups: list[str]) -> str:
+    """How many classes are no accident; joins of earlier versions do not say."""
+    if "first_beyond_chance" not in common:
+        return ""
+    first, second = common["first_beyond_chance"], common["second_beyond_chance"]
+    if not first and not second:
+        return ", in none beyond chance"
+    other = f", of the {groups[1]} one in {second}" if second else ""
+    return f", beyond chance in {first}{other}"
 
 
 def _on_parts(model: str, own: Record) -> str:
@@ -142,16 +154,20 @@ def _prevalence_table(common: dict[str, Record], first: str) -> Table:
     rows: list[list[Any]] = []
     for model, own in common.items():
         more = own["first_more_common"]
-        cells: list[Any] = ["–", "–", "–"]
+        cells: list[Any] = ["–", str(own.get("first_beyond_chance", "–")), "–", "–"]
         if more is not None:
             ends = say.span(100 * more["low"], 100 * more["high"], ".0f")
             cells[0] = (f"{more['count']} ({say.percent(more['rate'], 0)})", ends, False)
         if own["spearman"] is not None:
             ends = say.span(own["interval"][0], own["interval"][1], ".2f") if own["interval"] else ""
-            cells[1:] = [(say.signed(own["spearman"], ".2f"), ends, False), f"{own['p']:.2g}"]
+            cells[2:] = [(say.signed(own["spearman"], ".2f"), ends, False), f"{own['p']:.2g}"]
         rows.append([model, str(own["num_classes"]), *cells])
-    headers = ["model", "classes", f"{first} background more common", "Spearman with the drop", "p"]
-    return Table(headers, rows, "Backgrounds among the pool images whose caption names the class.")
+    headers = ["model", "classes", f"{first} background more common", "beyond chance", "Spearman with the drop", "p"]
+    caption = (
+        "Backgrounds among the pool images whose caption names the class. Beyond chance: exact binomial test, "
+        f"false discovery rate {say.percent(FDR, 0)} over the classes."
+    )
+    return Table(headers, rows, caption)
 
 
 def _adjusted_table(result: Record) -> Table:

@@ -102,7 +102,7 @@ def _prevalence(
     rates = photos.cell_means(photos.rate)
     drops = 100 * (rates[:, 0] - rates[:, 1])
     result = neighbours.prevalence(counts, usual, drops, rng)
-    ratios = result.pop("log_ratio")
+    ratios, sides = result.pop("log_ratio"), result.pop("more_common")
     classes = []
     for row, name in enumerate(photos.classes):
         record: dict[str, Any] = {"class_name": name, "drop_pp": float(drops[row]), "log_ratio": ratios[row],
@@ -111,6 +111,9 @@ def _prevalence(
             at = usual[row, side]
             record[f"{group}_background"] = pool.backgrounds[at] if at >= 0 else None
             record[f"{group}_pool_rows"] = int(counts[row, at]) if at >= 0 else None
+        # The group whose background the pool shows more often, beyond chance; "" where neither, None where unknown.
+        names = {1: photos.pair[0], -1: photos.pair[1], 0: "", None: None}
+        record["more_common"] = names[sides[row]]
         classes.append(record)
     return {**result, "classes": classes}
 

@@ -100,9 +100,11 @@ def _provenance(study: Study, numbers: Numbers) -> list[layout.Table]:
     result = []
     if numbers.planted:
         rows: list[list[Any]] = [
-            [r["what"], r["test"] or "–", f"{r['planted']:,}", f"{r['found']:,}"] for r in numbers.planted
-        ]
-        result.append(layout.Table(["planted", "test set", "planted", "found"], rows, "Planted truth"))
+            [r["what"], r["test"] or "–", f"{r['planted']:,}", f"{r['found']:,}",
+             "–" if r["not_planted"] is None else f"{r['not_planted']:,}"] for r in numbers.planted
+        ]  # fmt: skip
+        headers = ["planted", "test set", "planted", "found", "found, not planted"]
+        result.append(layout.Table(headers, rows, "Planted truth"))
     pool = study.embeddings("pool")
     if pool is not None:
         encoder = [[key, str(value)] for key, value in pool.encoder.items()]

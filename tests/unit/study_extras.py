@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 from clipgap_ray import schema, store
 from clipgap_ray.config.groups import DiscoverSettings
 from clipgap_ray.config.join import AgreementSettings, DropJoinSettings
+from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.stages import agreement, discover, join
+from tests import made
 from tests.unit.study_fixture import BACKGROUNDS, ENCODER, TESTS, Built
 
 TEST = "counteranimal"
@@ -33,20 +35,9 @@ def label(built: Built) -> str:
     names = [BACKGROUNDS[at] for at in photos.backgrounds]
     path = str(built.root / "labels-photos.parquet")
     store.write_table(path, pa.table({"uid": photos.uids, "attribute": names}))
-    pool_set = built.root / "embed" / "pool"
-    digest = store.read_json(str(pool_set / "manifest.json"))["digest"]
-    start = 0
-    for number, part in enumerate(sorted((pool_set / "metadata").glob("*.parquet"))):
-        count = pq.read_metadata(part).num_rows
-        values = {field.name: pa.nulls(count, field.type) for field in schema.ATTRIBUTES}
-        values["uid"] = pa.array(built.pool.uids[start : start + count])
-        values["attribute"] = pa.array([BACKGROUNDS[at] for at in built.pool.backgrounds[start : start + count]])
-        table = pa.table(values, schema=schema.ATTRIBUTES)
-        store.write_table(str(built.root / "labels-pool" / "labels" / f"part-{number:05d}.parquet"), table)
-        start += count
-    manifest = {"stage": "attributes", "embeddings": str(pool_set), "digest_of_embeddings": digest,
-                "attributes": list(BACKGROUNDS)}  # fmt: skip
-    store.write_json(str(built.root / "labels-pool" / "manifest.json"), manifest)
+    pool = EmbeddingSet.open(str(built.root / "embed" / "pool"))
+    shown = dict(zip(built.pool.uids, (BACKGROUNDS[at] for at in built.pool.backgrounds), strict=True))
+    made.write_attributes(str(built.root / "labels-pool"), pool, shown, BACKGROUNDS)
     return path
 
 

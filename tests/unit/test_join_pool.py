@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from clipgap_ray import schema, store
+from clipgap_ray import store
 from clipgap_ray.config.join import DropJoinSettings
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.kernels import neighbours
@@ -34,15 +34,7 @@ def write_pool(folder: Path) -> list[tuple[str, str]]:
         str(folder / "pool"), [made.unit_rows(len(rows[p]), 8, 1) for p in parts], [uids[p] for p in parts],
         caption=[captions[p] for p in parts],
     )  # fmt: skip
-    for number, part in enumerate(parts):
-        count = len(rows[part])
-        values = {field.name: pa.nulls(count, field.type) for field in schema.ATTRIBUTES}
-        values |= {"attribute": pa.array([b for _, b in rows[part]]), "uid": pa.array(uids[part])}
-        table = pa.table(values, schema=schema.ATTRIBUTES)
-        store.write_table(str(folder / "labels" / "labels" / f"part-{number:05d}.parquet"), table)
-    manifest = {"stage": "attributes", "embeddings": pool.uri, "digest_of_embeddings": pool.digest,
-                "attributes": list(BACKGROUNDS)}  # fmt: skip
-    store.write_json(str(folder / "labels" / "manifest.json"), manifest)
+    made.write_attributes(str(folder / "labels"), pool, dict(zip(uids, (b for _, b in rows), strict=True)), BACKGROUNDS)
     return rows
 
 
@@ -134,6 +126,10 @@ def test_backgrounds_in_the_pool_are_counted_per_class_and_go_with_the_drops(joi
         assert (record["common_pool_rows"], record["counter_pool_rows"]) == (grass, rock)
         assert record["log_ratio"] == pytest.approx(np.log((grass + 0.5) / (rock + 0.5)))
     assert found["first_more_common"]["count"] == 4  # boar is even, hens stand on rocks
+    # 10 of 30 is a coin's doing once in ten times.
+    named = {record["class_name"]: record["more_common"] for record in found["classes"]}
+    assert named == {name: "" if name in ("boar", "hen") else "common" for name in CLASSES}
+    assert (found["first_beyond_chance"], found["second_beyond_chance"]) == (4, 0)
     assert found["spearman"] > 0.7
     assert found["interval"][0] <= found["spearman"] <= found["interval"][1]
     assert (out / "figures" / "prevalence.svg").exists()
@@ -196,4 +192,18 @@ def test_no_ratio_without_rows_and_no_correlation_of_three_classes() -> None:
                                   np.random.default_rng(0))  # fmt: skip
     assert found["log_ratio"] == [pytest.approx(np.log(3.5 / 1.5)), None, None, pytest.approx(np.log(1.5 / 4.5))]
     assert found["first_more_common"]["rate"] == 0.5
+    assert found["more_common"] == [0, None, None, 0]
     assert found["spearman"] is None
+
+
+def test_more_common_than_chance_by_hand() -> None:
+    p, sides = neighbours.more_common(np.array([[10, 0], [0, 9], [3, 1], [0, 0]]))
+    assert p[:3] == pytest.approx([2 / 2**10, 2 / 2**9, 10 / 2**4])  # both tails of ten and nine coins; 3 or more of 4
+    assert np.isnan(p[3])
+    assert sides.tolist() == [1, -1, 0, 0]
+    one, _ = neighbours.more_common(np.array([[6, 0]]))
+    assert one == pytest.approx([2 / 2**6])
+    # The same six of six do not survive beside a hundred classes without any difference.
+    many = np.concatenate([[[6, 0]], np.full((100, 2), 3)])
+    assert not neighbours.more_common(many)[1].any()
+    assert neighbours.more_common(np.zeros((0, 2), int))[1].shape == (0,)
