@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import uvicorn
 
 from clipgap_ray import rundir, schema
 from clipgap_ray.embeddings import EmbeddingSet
@@ -15,6 +20,7 @@ from clipgap_ray.kernels import faiss_index
 from clipgap_ray.serving.coverage import Coverage
 from clipgap_ray.serving.local import LocalBackend
 from clipgap_ray.serving.metadata import Metadata
+from tests.waiting import until
 
 
 def serve_locally(
@@ -35,3 +41,17 @@ def serve_locally(
         )  # fmt: skip
     encoder = EncoderSettings("projection", batch_size=embeddings.encoder.get("batch_size", 64)).build()
     return LocalBackend(LocalIndex.open(uri), encoder, Metadata(pool, hidden=hidden), name="pool", coverage=coverage)
+
+
+@contextlib.contextmanager
+def over_http(app: Any) -> Iterator[str]:
+    """Where an ASGI application listens on loopback, for clients that need a socket."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until(lambda: server.started, "uvicorn")
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)

@@ -93,7 +93,7 @@ def make_api(
     )
     routes = frozenset(getattr(route, "path", "") for route in app.routes) | {
         "/v1/search", "/v1/similarity", "/v1/splits", "/v1/tests", "/v1/zero-shot", "/v1/indices",
-        "/v1/admin/swap", "/healthz", "/readyz", "/metrics", "/", "/indices-list", "/knn-service", "/metadata",
+        "/v1/admin/swap", "/healthz", "/readyz", "/metrics", "/", *clip_retrieval.ROUTES,
     }  # fmt: skip
     keys = Keys(token_hash, admin.key_hash if admin is not None else None)
     app.add_middleware(Guard, limits=limits, keys=keys, meters=meters, routes=routes)

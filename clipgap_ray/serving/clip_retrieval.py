@@ -1,17 +1,22 @@
-"""clip-retrieval's own routes, so that its Python client and its web front work unchanged (peers.md 4.9).
+"""clip-retrieval's own routes, so that its Python client and its web front work unchanged (docs/serve.md).
 
 Names, absent-by-empty-string and the raw body are its conventions. What this service has no model for (safety,
 violence, aesthetics, multilingual texts) is accepted and does nothing; what must not be shown is left out by
 `--blocklist` and `--hide` whatever a client asks for.
+
+Its front is a folder of static files that whoever wants it hosts: all it asks a back end for are the routes here. It
+asks for the ids of 3,000 rows, shows 40, and fetches the others' metadata, pictures included, as a user scrolls.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from typing import Annotated, Any, Literal
 
 import pydantic
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
 
 from clipgap_ray.serving.contracts import Backend
 from clipgap_ray.serving.fetch import Fetcher
@@ -23,18 +28,25 @@ from clipgap_ray.serving.openapi import described
 DUPLICATE = 0.94  # cosine from which its back end takes two results for the same image
 DEGRADED = "x-clipgap-degraded"
 MOST_IMAGES = 100  # thumbnails in one answer
+PICTURES_AT_ONCE = 8  # per request: other requests read through the same threads
+ROUTES = ("/config.json", "/indices-list", "/knn-service", "/metadata", "/metrics-summary")
 
 
 class KnnRequest(pydantic.BaseModel):
     """The body of /knn-service; unknown fields are ignored, as there."""
 
+    model_config = pydantic.ConfigDict(use_attribute_docstrings=True)
+
     text: str | None = None
     image: str | None = None
+    """An image file, base64."""
     image_url: str | None = None
     embedding_input: list[Finite] | None = None
     modality: Literal["image", "text"]
     num_images: int = pydantic.Field(ge=1)
+    """Rows to describe, the nearest ones."""
     num_result_ids: int | None = pydantic.Field(default=None, ge=1)
+    """Rows to return; default: `num_images`. Up to the service's limit: its front asks for 3,000 whatever that is."""
     indice_name: str
     deduplicate: bool = False
 
@@ -55,7 +67,17 @@ BODIES = (KnnRequest, MetadataRequest)
 
 
 def add_routes(app: FastAPI, backend: Backend, limits: Limits, meters: Meters, fetcher: Fetcher) -> None:
-    """Add /indices-list, /knn-service and /metadata to an application."""
+    """Add `ROUTES` to an application."""
+
+    @app.get("/config.json")
+    async def config() -> dict[str, str]:
+        """What its front fetches beside itself: for one that a proxy shows at this service's own address."""
+        return {"defaultBackend": "", "defaultIndex": "", "urlColumn": "url"}
+
+    @app.get("/metrics-summary", response_class=PlainTextResponse)
+    async def metrics_summary() -> str:
+        """Where the time of searches goes, as a table for people."""
+        return backend.timings.summary()
 
     @app.get("/indices-list")
     async def indices_list() -> list[str]:
@@ -69,12 +91,10 @@ def add_routes(app: FastAPI, backend: Backend, limits: Limits, meters: Meters, f
         Where a shard did not answer, neighbours may be missing: its list has no room for that, a header says it.
         """
         asked = parse_json(await request.body(), KnnRequest)
-        info = next((info for info in await backend.indices() if info.name == asked.indice_name), None)
-        if info is not None and info.modality != asked.modality:
-            raise ApiError(400, "wrong_modality", f"index {info.name} holds {info.modality} embeddings")
+        _check_modality(asked, await backend.indices())
         query = SearchRequest(
             text=asked.text, image=asked.image, image_url=asked.image_url, vector=asked.embedding_input,
-            k=max(asked.num_images, asked.num_result_ids or 0), index=asked.indice_name,
+            k=_rows_to_find(asked, limits), index=asked.indice_name,
             collapse=DUPLICATE if asked.deduplicate else None,
         )  # fmt: skip
         queries = await fetcher.fill(read_search(query, limits), backend.timings)
@@ -83,33 +103,61 @@ def add_routes(app: FastAPI, backend: Backend, limits: Limits, meters: Meters, f
             meters.degraded.inc()
             response.headers[DEGRADED] = "true"
         (near,) = found.neighbours
-        return [
-            await _described(backend, found.info, row, with_image=at < MOST_IMAGES)
-            if at < asked.num_images
-            else _short(row)
-            for at, row in enumerate(near)
-        ]
+        top = [(row.row_id, {**_facts(row.model_dump()), **_short(row)}) for row in near[: asked.num_images]]
+        rows = await _with_pictures(top, backend, found.info)
+        return [*rows, *(_short(row) for row in near[asked.num_images :])]
 
     @app.post("/metadata", openapi_extra=described("MetadataRequest"))
     async def metadata(request: Request) -> list[dict[str, Any]]:
         """Metadata of rows by id; unknown and hidden rows are left out."""
         asked = parse_json(await request.body(), MetadataRequest)
-        rows = await backend.describe(asked.indice_name, asked.ids)
-        return [{"id": row_id, "metadata": facts} for row_id, facts in zip(asked.ids, rows, strict=True) if facts]
+        info = next((info for info in await backend.indices() if info.name == asked.indice_name), None)
+        rows = await backend.describe(asked.indice_name, asked.ids)  # refuses an unknown index
+        known = [(row_id, _facts(facts)) for row_id, facts in zip(asked.ids, rows, strict=True) if facts]
+        shown = await _with_pictures(known, backend, info) if info else []
+        return [{"id": row_id, "metadata": facts} for (row_id, _), facts in zip(known, shown, strict=True)]
+
+
+def _check_modality(asked: KnnRequest, indices: list[IndexInfo]) -> None:
+    """There an index has images and texts; here it has one of them."""
+    named = next((info for info in indices if info.name == asked.indice_name), None)
+    if named is None or named.modality == asked.modality:  # an unknown index is refused by the search
+        return
+    others = [info.name for info in indices if info.modality == asked.modality]
+    hint = f"index {' or '.join(others)} holds them" if others else "`clipgap index --modality` builds one that does"
+    message = f"index {named.name} holds {named.modality} embeddings, asked for is {asked.modality}"
+    raise ApiError(400, "wrong_modality", message, hint)
+
+
+def _rows_to_find(asked: KnnRequest, limits: Limits) -> int:
+    """As many ids as asked for and allowed; descriptions of more rows than allowed are refused with the search."""
+    return min(asked.num_result_ids or asked.num_images, max(asked.num_images, limits.k))
 
 
 def _short(row: Neighbour) -> dict[str, Any]:
     return {"id": row.row_id, "similarity": row.similarity}
 
 
-async def _described(backend: Backend, index: IndexInfo, row: Neighbour, with_image: bool) -> dict[str, Any]:
-    """A row with its metadata; without an address its picture comes along, as from a back end with local images."""
-    facts = {name: value for name, value in row.model_dump().items() if value is not None}
-    described = {**facts, **_short(row)}
-    if row.url or not with_image:
-        return described
-    try:
-        picture = await backend.thumbnail(index.name, row.row_id, index.version)
-        return {**described, "image": base64.b64encode(picture).decode()}
-    except ApiError:
-        return described
+def _facts(facts: dict[str, Any]) -> dict[str, Any]:
+    """What is known: its front takes a null for an address."""
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+async def _with_pictures(
+    rows: list[tuple[int, dict[str, Any]]], backend: Backend, index: IndexInfo
+) -> list[dict[str, Any]]:
+    """Return the facts of rows; those without an address bring their picture, as from a back end with local images."""
+    slots = asyncio.Semaphore(PICTURES_AT_ONCE)
+
+    async def beside(row_id: int, facts: dict[str, Any]) -> dict[str, Any]:
+        if facts.get("url"):
+            return facts
+        async with slots:
+            try:
+                picture = await backend.thumbnail(index.name, row_id, index.version)
+            except ApiError:
+                return facts
+        return {**facts, "image": base64.b64encode(picture).decode()}
+
+    shown = await asyncio.gather(*(beside(row_id, facts) for row_id, facts in rows[:MOST_IMAGES]))
+    return [*shown, *(facts for _, facts in rows[MOST_IMAGES:])]

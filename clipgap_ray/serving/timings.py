@@ -46,3 +46,24 @@ class Timings:
     def text(self) -> bytes:
         """Return the exposition format."""
         return prometheus_client.generate_latest(self.registry)
+
+    def summary(self) -> str:
+        """Return a table for people: calls, mean seconds, and the mean as a share of a search's; slowest step first."""
+        steps = [(name, *self._calls_and_mean(name)) for name in HISTOGRAMS]
+        (whole, searches, mean), *parts = steps
+        if not searches:
+            return "no search yet\n"
+        width = max(len(name) for name in HISTOGRAMS)
+        lines = [
+            f"{searches} searches, {mean:.4f} s each on average ({whole}); where the time goes, per call:",
+            f"{'name':<{width}}  {'calls':>8}  {'average':>9}  {'share':>7}  description",
+        ]
+        for name, calls, average in sorted(parts, key=lambda part: -part[2]):
+            share = f"{100 * average / mean:.1f}%"
+            lines.append(f"{name:<{width}}  {calls:>8}  {average:>8.4f}s  {share:>7}  {HISTOGRAMS[name]}")
+        return "\n".join(lines) + "\n"
+
+    def _calls_and_mean(self, name: str) -> tuple[int, float]:
+        calls = int(self.registry.get_sample_value(f"{name}_count") or 0)
+        seconds = self.registry.get_sample_value(f"{name}_sum") or 0.0
+        return calls, seconds / calls if calls else 0.0

@@ -19,9 +19,10 @@ from tests.service_fixture import serve_locally
 
 # Every route of the document: a new one is added here, and so is tried.
 ROUTES = [
-    "GET /healthz", "GET /indices-list", "GET /metrics", "GET /readyz", "GET /v1/admin/swap", "GET /v1/indices",
-    "GET /v1/splits", "GET /v1/tests", "GET /v1/thumbnails/{row_id}", "POST /knn-service", "POST /metadata",
-    "POST /v1/admin/swap", "POST /v1/search", "POST /v1/similarity", "POST /v1/zero-shot",
+    "GET /config.json", "GET /healthz", "GET /indices-list", "GET /metrics", "GET /metrics-summary", "GET /readyz",
+    "GET /v1/admin/swap", "GET /v1/indices", "GET /v1/splits", "GET /v1/tests", "GET /v1/thumbnails/{row_id}",
+    "POST /knn-service", "POST /metadata", "POST /v1/admin/swap", "POST /v1/search", "POST /v1/similarity",
+    "POST /v1/zero-shot",
 ]  # fmt: skip
 HEADERS = {"authorization": "Bearer boss"}
 EXAMPLES = 8  # per route and mode

@@ -1,8 +1,7 @@
-"""What the search page and clip-retrieval's clients need: thumbnails, hidden rows, collapsing, the old routes."""
+"""What the search page needs: thumbnails, hidden rows, collapsing, filters, and the page itself."""
 
 from __future__ import annotations
 
-import base64
 import io
 from pathlib import Path
 
@@ -156,52 +155,6 @@ def test_a_condition_that_makes_no_sense_is_refused(client: TestClient, conditio
     answer = client.post("/v1/search", json={"text": "cat", "filter": [condition]})
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] in ("invalid_filter", "invalid_request")
-
-
-# --- clip-retrieval ----------------------------------------------------------------------------------------
-
-
-def test_its_routes_answer_bodies_of_any_content_type(client: TestClient, rows: list[dict]) -> None:
-    assert client.get("/indices-list").json() == ["pool"]
-    body = (
-        '{"text": "a photo of a cat", "image": "", "image_url": null, "embedding_input": null, "modality": "image",'
-        ' "num_images": 3, "num_result_ids": 8, "indice_name": "pool", "deduplicate": false, "use_mclip": false,'
-        ' "aesthetic_score": null, "aesthetic_weight": 0.5}'
-    )
-    for content_type in ("text/plain", "application/json"):
-        found = client.post("/knn-service", content=body, headers={"content-type": content_type}).json()
-        assert len(found) == 8
-        assert all({"id", "similarity", "caption", "uid"} <= set(row) for row in found[:3])
-        assert all(set(row) == {"id", "similarity"} for row in found[3:])
-    own = client.post("/v1/search", json={"text": "a photo of a cat", "k": 8}).json()["results"][0]
-    assert [row["id"] for row in found] == [row["row_id"] for row in own]
-    described = client.post("/metadata", json={"indice_name": "pool", "ids": [row["id"] for row in found[3:]]}).json()
-    captions = {row["row_id"]: row["caption"] for row in rows}
-    assert [row["metadata"]["caption"] for row in described] == [captions[row["id"]] for row in found[3:]]
-
-
-def test_a_row_without_address_brings_its_picture(client: TestClient) -> None:
-    body = {"text": "cat", "modality": "image", "num_images": 2, "indice_name": "pool"}
-    for row in client.post("/knn-service", json=body).json():
-        assert "url" in row or Image.open(io.BytesIO(base64.b64decode(row["image"]))).format == "JPEG"
-
-
-@pytest.mark.parametrize(
-    ("change", "status", "code"),
-    [
-        ({"indice_name": "other"}, 404, "unknown_index"),
-        ({"modality": "text"}, 400, "wrong_modality"),
-        ({"num_images": 701}, 400, "k_too_large"),
-        ({"num_images": 0}, 400, "invalid_request"),
-        ({"text": ""}, 400, "invalid_query"),
-        ({"image_url": "http://127.0.0.1/"}, 400, "invalid_query"),
-        ({"text": None, "image_url": "http://127.0.0.1/"}, 400, "image_url_off"),
-    ],
-)
-def test_what_they_cannot_answer_is_refused(client: TestClient, change: dict, status: int, code: str) -> None:
-    body = {"text": "cat", "modality": "image", "num_images": 2, "indice_name": "pool", **change}
-    answer = client.post("/knn-service", json=body)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
 
 
 # --- the page ----------------------------------------------------------------------------------------------
