@@ -1,6 +1,8 @@
 """`ray job submit` for real: a local head of our own, the working directory uploaded, a stage run as a job."""
 
+import contextlib
 import io
+import json
 import os
 import secrets
 import signal
@@ -11,6 +13,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -19,10 +22,12 @@ from PIL import Image
 
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.shards import write_tar
+from tests.driver import pids_with
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 START_DEADLINE_S = 120
+SECRET = secrets.token_hex(16)  # as a key of S3 would be given to the nodes
 
 pytestmark = pytest.mark.cluster
 
@@ -33,6 +38,14 @@ def _free_port():
         return probe.getsockname()[1]
 
 
+class Head(NamedTuple):
+    """Where jobs are sent, with which environment, and where Ray writes."""
+
+    address: str
+    environment: dict[str, str]
+    temp: str
+
+
 @pytest.fixture(scope="module")
 def head():
     """A head on free ports with its own temp dir and token; ended by its own process id."""
@@ -41,6 +54,7 @@ def head():
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
     }
     environment.pop("RAY_ADDRESS", None)
     gcs, dashboard = _free_port(), _free_port()
@@ -58,18 +72,22 @@ def head():
     while subprocess.run([*RAY, "job", "list", "--address", address], env=environment, capture_output=True).returncode:
         assert process.poll() is None, "ray start ended"
         assert time.monotonic() < deadline, "the job server did not come up"
-    yield address, environment
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(60)
-    except subprocess.TimeoutExpired:
-        process.kill()
+    yield Head(address, environment, temp)
+    process.kill()  # asked politely, it takes half a minute
+    process.wait()
+    for pid in pids_with(temp):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
-def _submit(head, *words):
-    address, environment = head
-    command = [*RAY, "job", "submit", "--address", address, "--working-dir", str(ROOT), "--", sys.executable, *words]
+def _job(head, verb, *words, **env):
+    command = [*RAY, "job", verb, "--address", head.address, *words]
+    environment = {**head.environment, **env}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT)
+
+
+def _submit(head, *words, options=()):
+    return _job(head, "submit", "--working-dir", str(ROOT), *options, "--", sys.executable, *words)
 
 
 def test_a_submitted_embed_job_writes_embeddings_and_resubmitting_resumes(head, tmp_path):
@@ -106,6 +124,53 @@ def test_two_trainings_at_once_share_the_cluster_without_meeting(head, tmp_path)
     assert max(began for began, _ in times) < min(ended for _, ended in times), "one waited for the other"
     first, second = (torch.load(out / "checkpoint.pt", weights_only=True)["state_dict"] for out in outs)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.timeout(400)
+def test_a_job_that_is_stopped_goes_on_when_it_is_submitted_again(head, tmp_path):
+    _write_pool(tmp_path / "pool", shards=2)
+    out, steps = tmp_path / "run", 400
+    words = ["jobs/train.py", "--source", str(tmp_path / "pool"), "--model", "conv-64-test", "--workers", "1"]
+    words += ["--batch-size", "4", "--num-samples", str(4 * steps), "--warmup", "2", "--checkpoint-every", "20"]
+    words += ["--out", str(out)]
+    assert _submit(head, *words, options=("--no-wait", "--submission-id", "stopped")).returncode == 0
+    deadline = time.monotonic() + 120
+    while not list(out.glob("train/checkpoint_*")):
+        assert time.monotonic() < deadline, _job(head, "logs", "stopped").stdout[-3000:]
+        time.sleep(0.2)
+    stopped = _job(head, "stop", "stopped")
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    assert "was stopped" in _job(head, "status", "stopped").stdout
+    assert not (out / "manifest.json").exists()
+    again = _submit(head, *words)
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+    assert json.loads((out / "summary.json").read_text())["starts"][-1] > 0, "it began anew"
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    seen = [row["step"] for row in rows]
+    assert seen == sorted(set(seen)), "a step twice"
+    assert seen[-1] == steps
+    assert (out / "manifest.json").exists()
+
+
+def test_another_token_is_refused(head):
+    refused = _job(head, "list", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    assert refused.returncode != 0
+    assert "authentication" in (refused.stdout + refused.stderr).lower()
+
+
+def test_no_secret_of_the_nodes_is_written_anywhere(head, tmp_path_factory):
+    """After the jobs above: outputs, logs of jobs and of Ray, and what the job server shows."""
+    shown = _job(head, "list")
+    written = [shown.stdout.encode(), shown.stderr.encode()]
+    read = 0
+    for root in (Path(head.temp), tmp_path_factory.getbasetemp()):
+        for path in root.rglob("*"):
+            if path.is_file() and not path.is_symlink():
+                written.append(path.read_bytes())
+                read += 1
+    assert read > 20
+    for secret in (SECRET, head.environment["RAY_AUTH_TOKEN"]):
+        assert not any(secret.encode() in text for text in written)
 
 
 def _write_pool(folder, shards):
