@@ -19,6 +19,7 @@ every shard and know nothing of appended ones).
 from __future__ import annotations
 
 import json
+import resource
 import time
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -148,6 +149,7 @@ class Summary:
     parts_skipped: int = 0  # already committed by an earlier run
     seconds: float = 0.0
     working_seconds: float = 0.0  # of all commands that added parts and came to their end
+    driver_bytes: int = 0  # most memory of the command's process, up to its end
     extra: dict[str, Any] = field(default_factory=dict)
 
     def add(self, record: dict[str, Any]) -> None:
@@ -183,6 +185,7 @@ class Summary:
             "parts_skipped": self.parts_skipped,
             "seconds": round(self.seconds, 3),
             "working_seconds": round(self.working_seconds, 3),
+            "driver_bytes": self.driver_bytes,
             **self.extra,
         }
 
@@ -238,9 +241,11 @@ class RunDirectory:
         self.summary.extra.update(extra)
         self.summary.check()
         path = self.path("summary.json")
-        before = store.read_json(path).get("working_seconds", 0.0) if store.exists(path) else 0.0
+        before = store.read_json(path) if store.exists(path) else {}
         idle = skipped > 0 and skipped == self.summary.parts
-        self.summary.working_seconds = before + (0.0 if idle else self.summary.seconds)
+        self.summary.working_seconds = before.get("working_seconds", 0.0) + (0.0 if idle else self.summary.seconds)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.summary.driver_bytes = max(before.get("driver_bytes", 0), 0 if idle else peak)
         self.log.compact()
         content = store.digest([self.log.records[part].get("files", {}) for part in sorted(self.log.records)])
         manifest = {

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from clipgap_ray import rundir, store
+from clipgap_ray import filesystems, rundir, store
 from clipgap_ray.config.study import StatusSettings
 from clipgap_ray.errors import DataError
+
+PREDICTED = ("seconds", "written_bytes", "driver_bytes")  # of a plan, to stand beside what was measured
 
 
 def run(settings: StatusSettings) -> dict[str, Any]:
@@ -21,7 +23,8 @@ def run(settings: StatusSettings) -> dict[str, Any]:
     if store.exists(planned):
         for name, step in store.read_json(planned)["steps"].items():
             if name in found:
-                found[name]["predicted_seconds"] = step["seconds"]
+                found[name]["written_bytes"] = _bytes_below(store.join(root, name))
+                found[name]["predicted"] = {what: step[what] for what in PREDICTED}
     if not found:
         raise DataError(f"{root} holds no stage's output", hint="give the --out directory of a command or a study")
     return {"directory": root, "stages": found}
@@ -36,6 +39,11 @@ def _directories(root: str) -> list[str]:
     return [uri for uri in [*below, *deeper] if store.exists(store.join(uri, "settings.json"))]
 
 
+def _bytes_below(uri: str) -> int:
+    fs, path = filesystems.filesystem(uri)
+    return int(filesystems.patiently(uri, lambda: fs.du(path)))
+
+
 def _stage(uri: str) -> dict[str, Any]:
     settings = store.read_json(store.join(uri, "settings.json"))
     summary = rundir.Summary(settings.get("stage", "?"))
@@ -43,6 +51,7 @@ def _stage(uri: str) -> dict[str, Any]:
         summary.add(record)
     parts_path = store.join(uri, "parts.json")
     ended = store.join(uri, "summary.json")
+    summed = store.read_json(ended) if store.exists(ended) else {}
     known = len(store.read_json(parts_path)) if store.exists(parts_path) else None
     return {
         "stage": summary.stage,
@@ -51,5 +60,6 @@ def _stage(uri: str) -> dict[str, Any]:
         "parts_known": known,
         "rows": summary.kept,
         "dropped": summary.dropped,
-        "seconds": store.read_json(ended).get("working_seconds") if store.exists(ended) else None,
+        "seconds": summed.get("working_seconds"),
+        "driver_bytes": summed.get("driver_bytes"),
     }

@@ -19,6 +19,11 @@ TRAIN_MEMORY = 200  # per row used: uid, address, offset, caption
 DEDUP_MEMORY = 250  # per row: order, hashes, edges
 SAMPLE_BYTES = 1e9  # of rows that train an index
 ADAM_COPIES = 3  # weights and two moments, float32, in a checkpoint
+ADAM_TRAINING = 4  # weights, gradients and two moments, float32, of a worker that trains
+FLOAT = 4
+GAPS_NEIGHBOURS = 10
+DEDUP_BLOCKS = 3 * 64e6  # two groups of rows, and one being read
+SCORE_BLOCKS, GAPS_BLOCKS = 256e6, 128e6  # a group of rows
 TRAINING_PASSES = 3  # a backward pass is two forward passes
 
 
@@ -33,6 +38,8 @@ class Work:
         read_bytes: Bytes read from storage.
         written_bytes: Bytes left on storage.
         driver_bytes: Memory of the driver that grows with the data; itself, it takes some 250 MB more.
+        worker_bytes: Memory of one worker for weights, rows and queries; itself, it takes some 600 MB more on CPUs,
+            and activations with the batch.
         on_gpu: Whether GPUs do the FLOPs where there are any.
     """
 
@@ -42,6 +49,7 @@ class Work:
     read_bytes: float = 0.0
     written_bytes: float = 0.0
     driver_bytes: float = 0.0
+    worker_bytes: float = 0.0
     on_gpu: bool = False
 
 
@@ -80,7 +88,7 @@ class Machine:
         return max(reading, decoding + computing / self.cores)
 
 
-def embed(rows: float, dim: int, flops: float, image_bytes: float, text: bool = True) -> Work:
+def embed(rows: float, dim: int, flops: float, image_bytes: float, parameters: float, text: bool = True) -> Work:
     """Return the work of embedding `rows` pairs.
 
     Args:
@@ -88,10 +96,11 @@ def embed(rows: float, dim: int, flops: float, image_bytes: float, text: bool = 
         dim: Dimension d.
         flops: Of one image and, with `text`, its caption.
         image_bytes: Of one image as it is stored.
+        parameters: Of the encoder.
         text: Whether captions are embedded too.
     """
     written = rows * (ROW_BYTES * dim * (1 + text) + METADATA_BYTES)
-    return Work(rows, rows * flops, 0.0, rows * image_bytes, written, 0.0, on_gpu=True)
+    return Work(rows, rows * flops, 0.0, rows * image_bytes, written, 0.0, FLOAT * parameters, on_gpu=True)
 
 
 def dedup(rows: float, dim: int, partitions: int, probes: int) -> Work:
@@ -99,7 +108,7 @@ def dedup(rows: float, dim: int, partitions: int, probes: int) -> Work:
     pairs = rows * rows / 2 if not partitions else rows * partitions + probes * rows * rows / partitions
     passes = 2 if partitions else 1
     read = passes * rows * ROW_BYTES * dim
-    return Work(0.0, 0.0, 2.0 * pairs * dim, read, rows / 8, DEDUP_MEMORY * rows)
+    return Work(0.0, 0.0, 2.0 * pairs * dim, read, rows / 8, DEDUP_MEMORY * rows, DEDUP_BLOCKS)
 
 
 def score(rows: float, queries: float, sets: int, reference: float, dim: int, k: int) -> Work:
@@ -107,12 +116,20 @@ def score(rows: float, queries: float, sets: int, reference: float, dim: int, k:
     products = 2.0 * (rows + reference) * queries * dim
     written = rows * sets * SCORE_BYTES + queries * k * NEIGHBOUR_BYTES
     driver = rows / 8 + 2 * queries * k * NEIGHBOUR_BYTES
-    return Work(0.0, 0.0, products, (rows + reference) * ROW_BYTES * dim, written, driver, on_gpu=True)
+    worker = SCORE_BLOCKS + _of_queries(queries, dim, k)
+    return Work(0.0, 0.0, products, (rows + reference) * ROW_BYTES * dim, written, driver, worker, on_gpu=True)
+
+
+def _of_queries(queries: float, dim: int, k: int) -> float:
+    """Bytes of test rows as they come and as float32, and of their lists."""
+    return queries * (dim * (ROW_BYTES + FLOAT) + k * NEIGHBOUR_BYTES)
 
 
 def gaps(rows: float, queries: float, reference: float, dim: int) -> Work:
     """Return the work of measuring the gap after all cuts, which is one pass."""
-    return Work(0.0, 0.0, 2.0 * (rows + reference) * queries * dim, (rows + reference) * ROW_BYTES * dim)
+    products = 2.0 * (rows + reference) * queries * dim
+    worker = GAPS_BLOCKS + _of_queries(queries, dim, GAPS_NEIGHBOURS)
+    return Work(0.0, 0.0, products, (rows + reference) * ROW_BYTES * dim, worker_bytes=worker)
 
 
 def split(rows: float) -> Work:
@@ -120,11 +137,12 @@ def split(rows: float) -> Work:
     return Work(written_bytes=rows * UID_BYTES, read_bytes=rows * (UID_BYTES + 8), driver_bytes=SPLIT_MEMORY * rows)
 
 
-def index(rows: float, dim: int, cells: int, bytes_per_row: float) -> Work:
-    """Return the work of an index of `cells` cells (0: Flat)."""
+def index(rows: float, dim: int, cells: int, bytes_per_row: float, shards: int = 1) -> Work:
+    """Return the work of an index in `shards` files of `cells` cells each (0: Flat)."""
     products = 2.0 * rows * cells * dim
     driver = min(SAMPLE_BYTES, rows * ROW_BYTES * dim)
-    return Work(0.0, 0.0, products, rows * ROW_BYTES * dim, rows * bytes_per_row, driver)
+    written = rows * bytes_per_row
+    return Work(0.0, 0.0, products, rows * ROW_BYTES * dim, written, driver, written / shards)
 
 
 def train(samples: float, used: float, flops: float, image_bytes: float, parameters: float, checkpoints: int) -> Work:
@@ -138,15 +156,16 @@ def train(samples: float, used: float, flops: float, image_bytes: float, paramet
         parameters: Of the model.
         checkpoints: Kept.
     """
-    state = 4.0 * ADAM_COPIES * parameters * checkpoints
-    return Work(
-        samples, TRAINING_PASSES * samples * flops, 0.0, samples * image_bytes, state, TRAIN_MEMORY * used, on_gpu=True
-    )
+    state = FLOAT * ADAM_COPIES * parameters * checkpoints
+    passes = TRAINING_PASSES * samples * flops
+    worker = FLOAT * ADAM_TRAINING * parameters
+    return Work(samples, passes, 0.0, samples * image_bytes, state, TRAIN_MEMORY * used, worker, on_gpu=True)
 
 
-def evaluate(images: float, flops: float, image_bytes: float) -> Work:
+def evaluate(images: float, flops: float, image_bytes: float, parameters: float) -> Work:
     """Return the work of evaluating one model on all test images; its prompts are not counted."""
-    return Work(images, images * flops, 0.0, images * image_bytes, images * PREDICTION_BYTES, on_gpu=True)
+    written, worker = images * PREDICTION_BYTES, FLOAT * parameters
+    return Work(images, images * flops, 0.0, images * image_bytes, written, worker_bytes=worker, on_gpu=True)
 
 
 def default_partitions(rows: float, exact_rows: int, rows_per_partition: int) -> int:

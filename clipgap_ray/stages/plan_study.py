@@ -92,6 +92,7 @@ def run(settings: StudyPlanSettings) -> dict[str, Any]:
             "seconds": round(sum(step["seconds"] for step in found.values()), 1),
             "written_bytes": sum(step["written_bytes"] for step in found.values()),
             "driver_bytes": max(step["driver_bytes"] for step in found.values()),
+            "worker_bytes": max(step["worker_bytes"] for step in found.values()),
             "cost": round(sum(step["cost"] for step in found.values()), 2) if prices else None,
             "currency": prices.currency if prices else None,
         },
@@ -218,7 +219,7 @@ def _steps(
     pool, reference = rows["pool"], rows["reference"]
     tests = {name: count for name, count in rows.items() if name not in ("pool", "reference")}
     queries = sum(tests.values())
-    steps = {f"embed/{name}": workload.embed(count, metric.dim, metric.flops, image_bytes)
+    steps = {f"embed/{name}": workload.embed(count, metric.dim, metric.flops, image_bytes, metric.parameters)
              for name, count in rows.items()}  # fmt: skip
     partitions = workload.default_partitions(pool, dedup.EXACT_ROWS, dedup.ROWS_PER_PARTITION)
     steps["dedup"] = workload.dedup(pool, metric.dim, partitions, DedupSettings.model_fields["probes"].default)
@@ -237,9 +238,12 @@ def _steps(
             )
     for seed in file.seeds:
         for one in file.runs:
-            steps[f"eval/{one.name}-s{seed}"] = workload.evaluate(queries, trained.image_flops, image_bytes)
+            steps[f"eval/{one.name}-s{seed}"] = workload.evaluate(
+                queries, trained.image_flops, image_bytes, trained.parameters
+            )
     key = faiss_index.choose_key(int(pool / file.index_shards), metric.dim, INDEX_MEMORY / file.index_shards).key
-    steps["index"] = workload.index(pool, metric.dim, _cells(key), _bytes_per_row(key, metric.dim))
+    per_row = _bytes_per_row(key, metric.dim)
+    steps["index"] = workload.index(pool, metric.dim, _cells(key), per_row, file.index_shards)
     return steps
 
 
@@ -281,13 +285,14 @@ def _show(predicted: dict[str, Any]) -> None:
         f"{predicted['study']}: {predicted['rows']['pool']:,} pool rows, on {machine['cores']:g} cores and "
         f"{machine['gpus']:g} GPUs",
         "",
-        f"{'step':<34}{'time':>10}{'written':>12}{'driver memory':>15}" + (f"{'cost':>12}" if priced else ""),
+        f"{'step':<34}{'time':>10}{'written':>12}{'driver memory':>15}{'per worker':>12}"
+        + (f"{'cost':>12}" if priced else ""),
     ]
     rows = [*predicted["steps"].items(), ("all", total)]
     for name, step in rows:
         line = (
             f"{name:<34}{budget.duration(step['seconds']):>10}{_size(step['written_bytes']):>12}"
-            f"{_size(step['driver_bytes']):>15}"
+            f"{_size(step['driver_bytes']):>15}{_size(step['worker_bytes']):>12}"
         )
         lines.append(line + (f"{step['cost']:>12,.2f}" if priced else ""))
     if priced:

@@ -60,6 +60,8 @@ def test_the_paper_s_study_on_the_cluster_of_the_repository(tmp_path: Path, capl
     assert steps["embed/pool"]["seconds"] == pytest.approx(413e6 * 64e9 / (2 * 0.4 * 121e12), rel=1e-3)
     assert steps["dedup"]["product_flops"] == pytest.approx(2 * 640 * 413e6 * (50_416 + 2 * 413e6 / 50_416), rel=1e-3)
     assert steps["runs/full-with-reference-s0"]["network_flops"] == pytest.approx(3 * 6.43e9 * 14.78e9, rel=1e-3)
+    assert steps["runs/full-with-reference-s0"]["worker_bytes"] == pytest.approx(16 * 151e6)
+    assert steps["embed/pool"]["worker_bytes"] == pytest.approx(4 * 208e6)
     # what a cut of a given size trains on bounds the table of its samples
     assert steps["runs/random-100m-s0"]["driver_bytes"] == pytest.approx(200 * 100e6)
     assert steps["dedup"]["cost"] == pytest.approx(steps["dedup"]["seconds"] / 3600 * (144 * 0.05 + 0.2), rel=1e-3)
@@ -127,8 +129,12 @@ def test_a_study_that_is_there_is_looked_at_and_status_shows_both(
     (out / "embed").mkdir()
     (out / "embed" / "pool").symlink_to(tiny_embeddings["pool"])
     shown = status.run(StatusSettings(directory=str(out)))["stages"]["embed/pool"]
-    assert shown["predicted_seconds"] == found["steps"]["embed/pool"]["seconds"]
+    step = found["steps"]["embed/pool"]
+    assert shown["predicted"] == {name: step[name] for name in ("seconds", "written_bytes", "driver_bytes")}
     assert shown["seconds"] >= 0
+    assert shown["driver_bytes"] > 50e6
+    there = sum(len(data) for data in made.files_below(tiny_embeddings["pool"]).values())
+    assert shown["written_bytes"] == pytest.approx(there)
 
 
 def test_flops_are_those_that_open_clip_publishes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ MACHINE = Machine(16, 2, 0.004, 5e10, 6.5e10, 5e13, 1e9)
 
 
 def test_the_paper_s_run_is_that_of_the_page() -> None:
-    embed = workload.embed(POOL, DIM, 64.0e9, 24e3)
+    embed = workload.embed(POOL, DIM, 64.0e9, 24e3, 208e6)
     assert embed.network_flops == pytest.approx(26.4e18, rel=0.01)
     assert embed.read_bytes == pytest.approx(9.9e12, rel=0.01)
     assert embed.written_bytes == pytest.approx(1.06e12 + 60e9, rel=0.01)
@@ -28,6 +28,8 @@ def test_the_paper_s_run_is_that_of_the_page() -> None:
     assert train.network_flops == pytest.approx(284e18, rel=0.01)
     assert train.read_bytes == pytest.approx(154e12, rel=0.01)
     assert train.written_bytes == pytest.approx(1.8e9, rel=0.01)
+    assert workload.score(KEPT, QUERIES, 6, REFERENCE, DIM, 100).worker_bytes == pytest.approx(1.1e9, rel=0.02)
+    assert workload.index(POOL, DIM, 0, 72, shards=10).worker_bytes == pytest.approx(3e9, rel=0.01)
     assert workload.index(POOL, DIM, 0, 72).written_bytes == pytest.approx(30e9, rel=0.01)
 
 
