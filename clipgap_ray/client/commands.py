@@ -41,7 +41,7 @@ def query(settings: QuerySettings, transport: httpx.BaseTransport | None = None)
         ServiceError: If the service does not answer, or refuses: with its words.
     """
     words = _question(settings)
-    with _client(settings.url, TOKEN_VARIABLE, transport) as client:
+    with _client(settings.url, TOKEN_VARIABLE, transport, settings.retry_s) as client:
         found = client.ask(questions.search(**words))
     if found.degraded:
         logger.warning("%d of %d index shards answered: neighbours may be missing", found.shards_ok, found.shards)
@@ -163,10 +163,10 @@ def _check_ours(begun: Swap, state: Swap) -> None:
 
 
 @contextmanager
-def _client(url: str, variable: str, transport: httpx.BaseTransport | None) -> Iterator[Client]:
+def _client(url: str, variable: str, transport: httpx.BaseTransport | None, retry_s: float = 0.0) -> Iterator[Client]:
     """A client with the token of an environment variable; a refused one is explained."""
     token = read_token(variable)
-    with Client(url, token or None, transport) as client:
+    with Client(url, token or None, transport, retry_s) as client:
         try:
             yield client
         except ServiceError as error:

@@ -111,12 +111,21 @@ class Swap:
 
 @dataclass(frozen=True)
 class Call(Generic[Result]):
-    """A question to the service: what to send, and what becomes of the answer."""
+    """A question to the service: what to send, and what becomes of the answer.
+
+    Attributes:
+        method: GET or POST.
+        path: Of the route.
+        read: From the JSON of the answer to what is returned.
+        body: JSON to send.
+        repeatable: Asking twice changes nothing, so it may be asked again when nobody answered.
+    """
 
     method: str
     path: str
     read: Callable[[dict[str, Any]], Result]
     body: dict[str, Any] | None = None
+    repeatable: bool = True
 
 
 def _known(cls: type[Known], values: dict[str, Any]) -> Known:
@@ -224,7 +233,7 @@ def swap(index: str, uri: str | None = None) -> Call[Swap]:
         ServiceError: With the server's message.
     """
     body = {"index": index} if uri is None else {"index": index, "uri": uri}
-    return Call("POST", "/v1/admin/swap", lambda answer: _known(Swap, answer), body)
+    return Call("POST", "/v1/admin/swap", lambda answer: _known(Swap, answer), body, repeatable=False)
 
 
 def swap_state() -> Call[Swap]:

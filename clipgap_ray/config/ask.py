@@ -53,6 +53,8 @@ class QuerySettings(_Asking):
     """Conditions that every neighbour fulfils: `width>=512`, `clip_score<=0.3`, `class_name=cat|dog`, `split=NAME`."""
     collapse: float | None = None
     """Show near duplicates once: leave out a neighbour at least so alike (0 to 1) to a nearer one."""
+    retry_s: pydantic.NonNegativeFloat = 10.0
+    """Seconds in which the question is asked again while the service has no room for it or loses it; 0: ask once."""
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print the service's answer as JSON instead of a table."""
 

@@ -22,7 +22,7 @@ ANSWER = {
 
 
 def _client(status: int, body: Any, seen: list[httpx.Request] | None = None) -> Client:
-    return Client("http://service", "secret", httpx.MockTransport(_handler(status, body, seen)))
+    return Client("http://service", "secret", httpx.MockTransport(_handler(status, body, seen)), retry_s=0)
 
 
 def _handler(status: int, body: Any, seen: list[httpx.Request] | None = None) -> Any:
@@ -62,7 +62,9 @@ def test_zero_shot_and_indices() -> None:
     ("status", "body", "message"),
     [
         (400, {"error": {"code": "k_too_large", "message": "k is 9", "hint": "less"}}, "400 k_too_large: k is 9"),
-        (502, b"<html>bad gateway", "answered 502 with '<html>bad gateway'"),
+        (502, b"<html>bad gateway", "answered 502 with '<html>bad gateway': the service lost the replica"),
+        (500, b"Internal Server Error", "answered 500 with 'Internal Server Error': the service lost the replica"),
+        (500, {"error": {"code": "internal", "message": "see its log", "hint": "x"}}, "500 internal: see its log"),
         (200, b"hello", "answered 200 with 'hello'"),
         (422, {"detail": "else"}, "answered 422"),
     ],
