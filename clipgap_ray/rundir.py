@@ -185,7 +185,7 @@ class Summary:
             "parts_skipped": self.parts_skipped,
             "seconds": round(self.seconds, 3),
             "working_seconds": round(self.working_seconds, 3),
-            "driver_bytes": self.driver_bytes,
+            **({"driver_bytes": self.driver_bytes} if self.driver_bytes else {}),
             **self.extra,
         }
 

@@ -10,12 +10,14 @@ from matplotlib.patches import Rectangle
 from clipgap_ray.reporting.tables import Record
 from clipgap_ray.reporting.theme import BLUE, ORANGE, Theme, grid, legend_above
 
+BESIDE_MODELS = 4  # more have their two heat maps below each other, or their intervals would overlap
 SHOWN_MODELS = 6  # a figure of more panels is a table
 
 
 def matrix(records: list[Record], models: list[str], theme: Theme) -> Figure:
     """Two heat maps with their numbers: drops on the photos that chose the groups, and on held-out halves."""
-    figure, axes = grid(2, columns=2, height=1.6 + 0.55 * len(models))
+    beside = len(models) <= BESIDE_MODELS
+    figure, axes = grid(2, columns=1 + beside, height=1.6 + 0.55 * len(models))
     values = {key: _square(records, models, key) for key in ("same_photos_drop_pp", "held_out_drop_pp")}
     highest = max(float(np.nanmax(np.abs(v), initial=1.0)) for v in values.values())
     titles = ("chosen and evaluated on the same photos", "chosen on one half, evaluated on the other")
@@ -24,10 +26,11 @@ def matrix(records: list[Record], models: list[str], theme: Theme) -> Figure:
         axis.set_title(title, fontsize=11)
         axis.set_xticks(range(len(models)), models, rotation=30, ha="right")
         axis.set_xlabel("evaluated model")
-        axis.set_yticks(range(len(models)), models if axis is axes[0] else [])
+        first = axis is axes[0] or not beside
+        axis.set_yticks(range(len(models)), models if first else [])
+        axis.set_ylabel("groups chosen by" if first else "")
         if key == "held_out_drop_pp":
             _intervals(axis, records, models)
-    axes[0].set_ylabel("groups chosen by")
     figure.suptitle(
         f"drop in points from the best to the worst attribute, mean over classes (n = {_classes(records)})",
         x=0.01,
@@ -70,7 +73,7 @@ def _intervals(axis: Axes, records: list[Record], models: list[str]) -> None:
             continue
         place = (models.index(record["evaluated"]), models.index(record["discovered_by"]) + 0.26)
         text = f"[{record['held_out_low_pp']:.1f}, {record['held_out_high_pp']:.1f}]".replace("-", "−")
-        axis.text(*place, text, ha="center", va="center", fontsize=8)
+        axis.text(*place, text, ha="center", va="center", fontsize=8 if len(models) <= 9 else 7)
 
 
 def jaccards(records: list[Record], theme: Theme) -> Figure:

@@ -122,6 +122,7 @@ def similarity_parts(models: dict[str, Record], theme: Theme) -> Figure:
         axis.set_ylim(-len(rows) + 0.4, 0.6)
         axis.axvline(0, color=theme.faint, lw=1)
         axis.set_xlabel(label)
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(axis="y", visible=False)
     return figure
 

@@ -16,11 +16,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY = "#CC79A7", "#56B4E9"
 WIDTH_INCHES = 11.0
 PNG_DPI = 150
+SMALLEST_TITLE = 9.5  # points
+TITLE_MARGIN = 8  # pixels to what is beside it
 LEGEND_SHARE = 0.98  # of the figure's width; the rest is its margin
 
 
@@ -98,7 +101,7 @@ def grid(
     columns = min(columns, count)
     rows = -(-count // columns)
     # A single panel would stretch over the whole page: keep it at a comfortable reading width.
-    width = WIDTH_INCHES if columns > 1 else 7.5
+    width = WIDTH_INCHES if count > 1 else 7.5
     figure, axes = plt.subplots(
         rows,
         columns,
@@ -134,12 +137,29 @@ def legend_above(figure: Figure, axes: Axes, columns: int = 6) -> None:
         legend.remove()
 
 
+def fit_titles(figure: Figure) -> None:
+    """Make titles that reach into the next panel, or out of the figure, smaller; break before "  (" what still does."""
+    figure.draw_without_rendering()
+    panels = [axis for axis in figure.axes if axis.get_visible() and axis.get_title("left")]
+    for axis in panels:
+        place = axis.get_window_extent()
+        beside = [other.get_window_extent() for other in panels]
+        ends = [box.x0 for box in beside if box.x0 > place.x0 and box.y0 < place.y1 and box.y1 > place.y0]
+        room = min([*ends, figure.bbox.width]) - place.x0 - TITLE_MARGIN
+        title = next(text for text in axis.findobj(Text) if text.get_text() == axis.get_title("left"))
+        while title.get_window_extent().width > room and title.get_fontsize() > SMALLEST_TITLE:
+            title.set_fontsize(title.get_fontsize() - 0.5)
+        if title.get_window_extent().width > room:
+            title.set_text(title.get_text().replace("  (", "\n("))
+
+
 def render(draw: Draw) -> dict[str, bytes]:
     """Draw a figure as `light.svg`, `dark.svg` and `light.png` (white page, for slides)."""
     files = {}
     for theme in (LIGHT, DARK):
         with using(theme):
             figure = draw(theme)
+            fit_titles(figure)
             buffer = io.BytesIO()
             figure.savefig(buffer, format="svg", metadata={"Date": None})
             files[f"{theme.name}.svg"] = buffer.getvalue()
