@@ -22,7 +22,7 @@ BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY = "#CC79A7", "#56B4E9"
 WIDTH_INCHES = 11.0
 PNG_DPI = 150
-SMALLEST_TITLE = 9.5  # points
+TITLE_SIZES = (9.5, 8.0)  # points: down to the first in one line, then to the second in two
 TITLE_MARGIN = 8  # pixels to what is beside it
 LEGEND_SHARE = 0.98  # of the figure's width; the rest is its margin
 
@@ -147,10 +147,11 @@ def fit_titles(figure: Figure) -> None:
         ends = [box.x0 for box in beside if box.x0 > place.x0 and box.y0 < place.y1 and box.y1 > place.y0]
         room = min([*ends, figure.bbox.width]) - place.x0 - TITLE_MARGIN
         title = next(text for text in axis.findobj(Text) if text.get_text() == axis.get_title("left"))
-        while title.get_window_extent().width > room and title.get_fontsize() > SMALLEST_TITLE:
-            title.set_fontsize(title.get_fontsize() - 0.5)
-        if title.get_window_extent().width > room:
-            title.set_text(title.get_text().replace("  (", "\n("))
+        for smallest in TITLE_SIZES:
+            while title.get_window_extent().width > room and title.get_fontsize() > smallest:
+                title.set_fontsize(title.get_fontsize() - 0.5)
+            if title.get_window_extent().width > room:
+                title.set_text(title.get_text().replace("  (", "\n("))
 
 
 def render(draw: Draw) -> dict[str, bytes]:

@@ -24,6 +24,6 @@ def test_titles_reach_neither_into_the_next_panel_nor_out_of_the_figure(columns:
             last = (number + 1) % columns == 0 or number + 1 == len(axes)
             end = figure.bbox.width if last else axes[number + 1].get_window_extent().x0
             assert shown.get_window_extent().x1 <= end
-            assert shown.get_fontsize() >= theme.SMALLEST_TITLE
+            assert shown.get_fontsize() >= theme.TITLE_SIZES[-1]
             assert axis.get_title("left").replace("\n", "  ") == title
         theme.plt.close(figure)
