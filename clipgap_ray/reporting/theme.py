@@ -148,8 +148,8 @@ def fit_titles(figure: Figure) -> None:
         room = min([*ends, figure.bbox.width]) - place.x0 - TITLE_MARGIN
         title = next(text for text in axis.findobj(Text) if text.get_text() == axis.get_title("left"))
         for smallest in TITLE_SIZES:
-            while title.get_window_extent().width > room and title.get_fontsize() > smallest:
-                title.set_fontsize(title.get_fontsize() - 0.5)
+            while title.get_window_extent().width > room and float(title.get_fontsize()) > smallest:
+                title.set_fontsize(float(title.get_fontsize()) - 0.5)
             if title.get_window_extent().width > room:
                 title.set_text(title.get_text().replace("  (", "\n("))
 

@@ -148,6 +148,7 @@ def machines(request: pytest.FixtureRequest) -> Iterator[Machines]:
         started.close()
 
 
+@pytest.mark.fault("head", stage="service")
 def test_the_service_answers_while_the_head_is_gone_and_is_the_same_after_it(
     machines: Machines, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -186,4 +187,4 @@ def test_the_service_answers_while_the_head_is_gone_and_is_the_same_after_it(
     assert set(state()["deployments"].values()) == {"HEALTHY"}  # type: ignore[attr-defined]
     machines.python(DEPLOY, settings.model_dump_json())  # and it takes a new deployment
     until(answers, "an answer of the new deployment", LIMIT_S)
-    record_property("fault", ("service", "head with a store", "healed"))
+    record_property("fault", ("service", "head", "healed, with a store"))

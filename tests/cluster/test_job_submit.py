@@ -1,19 +1,13 @@
 """`ray job submit` for real: a local head of our own, the working directory uploaded, a stage run as a job."""
 
-import contextlib
 import io
 import json
-import os
 import secrets
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -22,62 +16,16 @@ from PIL import Image
 
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.shards import write_tar
-from tests.driver import pids_with
-
-ROOT = Path(__file__).resolve().parents[2]
-RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-START_DEADLINE_S = 120
-SECRET = secrets.token_hex(16)  # as a key of S3 would be given to the nodes
+from tests import local_head
+from tests.local_head import RAY, ROOT, SECRET
 
 pytestmark = pytest.mark.cluster
 
 
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Head(NamedTuple):
-    """Where jobs are sent, with which environment, and where Ray writes."""
-
-    address: str
-    environment: dict[str, str]
-    temp: str
-
-
 @pytest.fixture(scope="module")
 def head():
-    """A head on free ports with its own temp dir and token; ended by its own process id."""
-    environment = {
-        **os.environ,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-    }
-    environment.pop("RAY_ADDRESS", None)
-    gcs, dashboard = _free_port(), _free_port()
-    temp = tempfile.mkdtemp(prefix="cg-")
-    process = subprocess.Popen(
-        [
-            *RAY, "start", "--head", "--block", f"--port={gcs}", "--num-cpus=4", "--object-store-memory=200000000",
-            "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
-            f"--temp-dir={temp}", "--dashboard-agent-listen-port=0", "--disable-usage-stats",
-        ],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    address = f"http://127.0.0.1:{dashboard}"
-    deadline = time.monotonic() + START_DEADLINE_S
-    while subprocess.run([*RAY, "job", "list", "--address", address], env=environment, capture_output=True).returncode:
-        assert process.poll() is None, "ray start ended"
-        assert time.monotonic() < deadline, "the job server did not come up"
-    yield Head(address, environment, temp)
-    process.kill()  # asked politely, it takes half a minute
-    process.wait()
-    for pid in pids_with(temp):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    with local_head.running() as started:
+        yield started
 
 
 def _job(head, verb, *words, **env):
