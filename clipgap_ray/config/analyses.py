@@ -38,7 +38,8 @@ class AnalysesSection(Settings):
     """Analyses that `run` adds to a study's report; what is left out is not run."""
 
     test: str = "counteranimal"
-    """The test set with the groups common and counter that prompts, candidates_k, join and discover are about."""
+    """The test set with groups (common and counter, or those that `groups` names) that prompts, candidates_k, join and
+    discover are about."""
     prompts: tuple[str, ...] = ()
     """Ask every CLIP about it with these prompts, too: openai, simple, or a file of one prompt per line."""
     candidates_k: pydantic.NonNegativeInt = 0

@@ -7,6 +7,8 @@ import tyro
 
 from clipgap_ray.config.base import Settings
 from clipgap_ray.config.hide import parse_hide_rule
+from clipgap_ray.errors import ConfigError
+from clipgap_ray.schema import named
 
 
 class ReportSettings(Settings):
@@ -27,6 +29,9 @@ class ReportSettings(Settings):
     `punsafe>0.5` where the pool has such a column."""
     bin_width: pydantic.PositiveFloat = 0.05
     """Width of the similarity bins; the paper's is 0.05. Narrower ones are taken where no test set fills four."""
+    groups: tuple[str, ...] = ()
+    """Groups of a test set in their order, TEST=BASE,OTHER: all are compared with the first, those that are not named
+    come last. Default: as the study's file has it, else common before counter, else by number of photos."""
     draws: pydantic.PositiveInt = 2000
     """Bootstrap samples."""
     seed: int = 0
@@ -38,3 +43,22 @@ class ReportSettings(Settings):
         for rule in value:
             parse_hide_rule(rule, None)
         return value
+
+    @pydantic.field_validator("groups")
+    @classmethod
+    def _groups(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        group_orders(value)
+        return value
+
+
+def group_orders(words: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Read TEST=BASE,OTHER words into the order of groups by test set.
+
+    Raises:
+        ConfigError: If a word has no `=`, or names a test set or a group twice.
+    """
+    found = {test: tuple(name.strip() for name in names.split(",")) for test, names in named(words, "--groups").items()}
+    for test, names in found.items():
+        if len(set(names)) < len(names) or not all(names):
+            raise ConfigError(f"--groups {test}={','.join(names)} names a group twice or none", hint="TEST=BASE,OTHER")
+    return found

@@ -162,6 +162,9 @@ class StudyFile(Settings):
     """Models to train."""
     probe_shots: tuple[pydantic.PositiveInt, ...] = ()
     """Images per class of the reference for few-shot probes of every CLIP (1 2 4 8 16); none: no probes."""
+    groups: dict[str, tuple[str, ...]] = pydantic.Field(default_factory=dict)
+    """Groups of a test set in their order, the base first: the report compares all with it, `analyses.join` the first
+    two. Default: common, then counter; in the report else by number of photos."""
     analyses: AnalysesSection = AnalysesSection()
     """Further analyses for the report."""
     index_shards: pydantic.PositiveInt = 2
@@ -185,6 +188,14 @@ class StudyFile(Settings):
             raise ConfigError(f"runs name splits that are not defined: {sorted(unknown)}")
         if not self.metric_model and (self.runs[0].split, self.runs[0].objective) != ("full", "clip"):
             raise ConfigError("without metric_model the first run must be the full pool's CLIP: it is the metric")
+        unknown = set(self.groups) - set(self.test_names())
+        if unknown:
+            raise ConfigError(f"groups names no test set: {sorted(unknown)}; there are {list(self.test_names())}")
+        short = [test for test, names in self.groups.items() if len(set(names)) < max(2, len(names))]
+        if short:
+            raise ConfigError(
+                f"groups.{short[0]} is {list(self.groups[short[0]])}: expected two different groups or more"
+            )
         self._check_analyses()
         return self
 
@@ -195,7 +206,7 @@ class StudyFile(Settings):
         if asked.about_groups and asked.test not in tests:
             raise ConfigError(
                 f"analyses.test is {asked.test!r}, the study's test sets are {list(tests)}",
-                hint="name one whose images are in the groups common and counter; digits worlds have none",
+                hint="name one whose images are in two groups, as common and counter; digits worlds have none",
             )
         clip = [run.name for run in self.runs if run.objective == "clip"]
         second = asked.second_encoder
@@ -223,6 +234,11 @@ class StudyFile(Settings):
             return tuple(self.data.tests)
         assert self.world is not None  # one of the two is there
         return self.world.test_names()
+
+    def pair(self, test: str) -> tuple[str, str]:
+        """Return the two groups of a test set that a join compares."""
+        names = self.groups.get(test, ("common", "counter"))
+        return names[0], names[1]
 
     def first_seed(self, run: RunSection) -> str:
         """Return the name of a run's model of the first seed."""

@@ -218,22 +218,30 @@ def on_removed(per_class: list[Record], recipes: dict[str, Record]) -> str:
 
 
 def on_groups(results: list[Record], exposure: list[Record]) -> str:
-    """How large is the drop from common to counter, and are counter photos farther away?"""
-    base = results[0]
+    """How large is one model's drop from the base to the group compared with it, and does that group lie farther away?
+
+    Args:
+        results: The model's records of `tables_groups.group_shift` on one test set, one per group beside the base.
+        exposure: Records of `similarity.exposure`.
+    """
+    base = next((result for result in results if result["compared"]), results[0])
+    first, second = base["groups"]
     low, high = base["intervals"]["drop_pp_classes"]
     text = (
-        f"{base['arm']} drops {base['drop']['drop_pp']:.1f} points {span(low, high)} from "
-        f"{percent(base['balanced']['common'])} common to {percent(base['balanced']['counter'])} counter, balanced "
+        f"{base['arm']} drops {signed(base['drop']['drop_pp'], '.1f')} points {span(low, high)} from "
+        f"{percent(base['balanced'][first])} {first} to {percent(base['balanced'][second])} {second}, balanced "
         f"over {base['num_classes']} classes"
     )
-    near = next((e for e in exposure if e["test"] == base["test"]), None)
+    text += f" ({len(results)} groups are compared with {first})" if len(results) > 1 else ""
+    pair = (base["test"], first, second)
+    near = next((e for e in exposure if (e["test"], e["first"], e["second"]) == pair), None)
     if near is None:
         return text + "."
     away = near["difference"] >= 0
     low, high = (near["low"], near["high"]) if away else (-near["high"], -near["low"])
     return (
-        f"{text}; counter photos lie {abs(near['difference']):.3f} {span(low, high, '.3f')} "
-        f"{'farther from' if away else 'nearer to'} the pool (P(common nearer) = {near['auc']:.2f})."
+        f"{text}; {second} photos lie {abs(near['difference']):.3f} {span(low, high, '.3f')} "
+        f"{'farther from' if away else 'nearer to'} the pool (P({first} nearer) = {near['auc']:.2f})."
     )
 
 

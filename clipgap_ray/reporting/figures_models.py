@@ -1,4 +1,4 @@
-"""Figures about models: pruning curves, effective robustness on probit axes, common against counter."""
+"""Figures about models: pruning curves, effective robustness on probit axes, groups of test sets."""
 
 from __future__ import annotations
 
@@ -186,18 +186,21 @@ def _padded(values: np.ndarray, scale: robustness.Axes) -> tuple[float, float]:
     return float(robustness.from_axis(low, scale)), float(robustness.from_axis(high, scale))
 
 
-def group_bars(results: list[Record], pair: tuple[str, str], theme: Theme) -> Figure:
-    """Balanced accuracy of both groups per arm, and the drop with its interval over classes beside it."""
+def group_bars(results: list[Record], theme: Theme) -> Figure:
+    """Balanced accuracy of two groups, and the drop with its interval over classes beside it; a row per model, or per
+    group that is compared with the base where there are several."""
     figure, (left, right) = grid(2, columns=2, height=1.2 + 0.42 * len(results))
-    names = [arm_name(r) for r in results]
-    counts = {group: _range([r["num_images"][group] for r in results]) for group in pair}
+    several = len({r["groups"][1] for r in results}) > 1
+    names = [f"{r['groups'][1]} (n = {r['num_images'][r['groups'][1]]:,})" if several else arm_name(r) for r in results]
     at = np.arange(len(results))[::-1].astype(float)
-    for offset, group, colour in ((0.2, pair[0], theme.pool), (-0.2, pair[1], ORANGE)):
-        value = np.array([r["balanced"][group] for r in results])
-        ends = np.array([r["intervals"]["balanced_images"][group] for r in results]).T
+    for offset, side, colour in ((0.2, 0, theme.pool), (-0.2, 1, ORANGE)):
+        group = [r["groups"][side] for r in results]
+        value = np.array([r["balanced"][g] for r, g in zip(results, group, strict=True)])
+        ends = np.array([r["intervals"]["balanced_images"][g] for r, g in zip(results, group, strict=True)]).T
         errors = np.clip(np.stack([value - ends[0], ends[1] - value]), 0, None)
-        left.barh(at + offset, value, 0.38, xerr=errors, color=colour,
-                  label=f"{group} (n = {counts[group]})",
+        counts = _range([r["num_images"][g] for r, g in zip(results, group, strict=True)])
+        label = "the group named" if several and side else f"{group[0]} (n = {counts})"
+        left.barh(at + offset, value, 0.38, xerr=errors, color=colour, label=label,
                   error_kw={"ecolor": theme.ink, "elinewidth": 1, "capsize": 2})  # fmt: skip
     drop = np.array([r["drop"]["drop_pp"] for r in results])
     for key, width in (("drop_pp_classes", 1.2), ("drop_pp_images", 3.2)):

@@ -22,6 +22,7 @@ from typing import Any
 
 from clipgap_ray.kernels import intervals
 from clipgap_ray.kernels.neighbours import OTHER, WRONG
+from clipgap_ray.kernels.shift import PAIR
 from clipgap_ray.reporting.tables import Record
 
 HOLDS, FAILS, OPEN, MISSING = "holds", "fails", "open", "not measured"
@@ -29,8 +30,8 @@ SUPPORTED, CONTRADICTED, IN_PART, UNDECIDED = "supported", "contradicted", "in p
 NO_DROP = "no drop to explain"
 
 MEANINGS = {
-    "exposure": "counter photos are merely farther from the training data; more coverage is the remedy",
-    "shortcut": "the model relies on the background, at equal distance",
+    "exposure": "{second} photos are merely farther from the training data; more coverage is the remedy",
+    "shortcut": "the model relies on {difference}, at equal distance",
     "caption": "similar images were seen, but their captions do not name the class",
     "foreground": "the animals differ, not only what is behind them",
     "selection": "choosing the groups by a model's accuracy made the drop",
@@ -130,18 +131,21 @@ def table(joins: list[Record], commands: dict[str, Record], selections: dict[str
     for test in dict.fromkeys(join["test"] for join in joins):
         own = [join for join in joins if join["test"] == test]
         base = next((join for join in own if not join["supervised"]), own[0])
+        pair: list[str] = base["groups"]
+        difference = "the background" if tuple(pair) == PAIR else "what the groups differ in"
         hypotheses = {
             "exposure": _exposure(base),
             "shortcut": _shortcut(base, commands),
-            "caption": [_neighbours(commands, test, WRONG)],
-            "foreground": [_foreground(commands, test)],
+            "caption": [_neighbours(commands, test, pair, WRONG)],
+            "foreground": [_foreground(commands, test, pair)],
             "selection": _selection(selections if not records else {}),
         }
         for name, predictions in hypotheses.items():
             summed = verdict((p.outcome(), p.why) for p in predictions)
             if name in ("exposure", "shortcut") and base["drop"]["interval_pp"][0] <= 0:
                 summed = NO_DROP
-            about = {"test": test, "arm": base["arm"], "hypothesis": name, "meaning": MEANINGS[name]}
+            meaning = MEANINGS[name].format(second=pair[1], difference=difference)
+            about = {"test": test, "arm": base["arm"], "hypothesis": name, "meaning": meaning}
             records += [{**about, **_record(p), "verdict": summed} for p in predictions]
     return records
 
@@ -180,7 +184,7 @@ def _shortcut(base: Record, commands: dict[str, Record]) -> list[Prediction]:
     return [
         _part(base, "explained", "distance explains nothing of the drop", about_zero),
         _part(base, "residual", "a drop remains at equal similarity", above),
-        _neighbours(commands, base["test"], OTHER),
+        _neighbours(commands, base["test"], base["groups"], OTHER),
     ]
 
 
@@ -195,23 +199,24 @@ def _part(base: Record, part: str, text: str, judge: Callable[..., str]) -> Pred
 # --- neighbours and parts: `clipgap join` ------------------------------------------------------------------
 
 
-def _models(commands: dict[str, Record], test: str, key: str) -> list[tuple[str, Record]]:
-    """Models of `clipgap join` on a test set that have a result."""
+def _models(commands: dict[str, Record], test: str, pair: list[str], key: str) -> list[tuple[str, Record]]:
+    """Models of `clipgap join` on two groups of a test set that have a result."""
     return [
         (model, own[key])
         for result in commands.values()
         for model, own in result["models"].items()
-        if result["test"] == test and own.get(key)
+        if result["test"] == test and own.get(key) and own.get("groups", pair) == pair
     ]
 
 
-def _neighbours(commands: dict[str, Record], test: str, regime: str) -> Prediction:
-    """Are more counter than common photos of a kind, by what their neighbours are?"""
+def _neighbours(commands: dict[str, Record], test: str, pair: list[str], regime: str) -> Prediction:
+    """Are more photos of the second than of the first group of a kind, by what their neighbours are?"""
+    more = f"more {pair[1]} than {pair[0]} photos"
     text = {
-        WRONG: "more counter than common photos are near to the pool, but no neighbour's caption names the class",
-        OTHER: "more counter than common photos have neighbours that name the class before another background only",
+        WRONG: f"{more} are near to the pool, but no neighbour's caption names the class",
+        OTHER: f"{more} have neighbours that name the class before another background only",
     }[regime]
-    found = _models(commands, test, "neighbours")
+    found = _models(commands, test, pair, "neighbours")
     if regime == OTHER:
         found = [(model, own) for model, own in found if own["groups"][0]["same_background"] is not None]
     quantity = f"difference of the groups' shares of \u201c{regime}\u201d"
@@ -230,9 +235,9 @@ def _neighbours(commands: dict[str, Record], test: str, regime: str) -> Predicti
     )
 
 
-def _foreground(commands: dict[str, Record], test: str) -> Prediction:
+def _foreground(commands: dict[str, Record], test: str, pair: list[str]) -> Prediction:
     text = "the animals alone, cut out, lie unequally far from the training images"
-    for model, own in _models(commands, test, "similarity_parts"):
+    for model, own in _models(commands, test, pair, "similarity_parts"):
         parts = {part["part"]: part["exposure"] for part in own["parts"]}
         if "foreground" in parts:
             found, whole = parts["foreground"], parts["whole"]["difference"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import threadpoolctl
 
-from clipgap_ray.kernels import decomposition, overlap, shift
-from clipgap_ray.reporting import tables
+from clipgap_ray.kernels import decomposition, overlap
+from clipgap_ray.reporting import groups, tables
 from clipgap_ray.reporting.study import Study, positions
 from clipgap_ray.reporting.tables import Record
 
@@ -76,7 +76,7 @@ def parts_lines(model: str, own: Record) -> list[Record]:
 
 
 def joins(study: Study, draws: int, seed: int) -> list[Record]:
-    """Split the drop of every arm on every test set with the groups common and counter, against its own training set.
+    """Split the drop of every arm on every grouped test set (`groups.compared`), against its own training set.
 
     A model of the pool is joined with the similarity to the pool, one of a cut with what the cut left, one of pool and
     reference with the larger of both, one of the reference alone with tau. Seeds are averaged per photo.
@@ -99,8 +99,9 @@ def _photos(study: Study, arm: tables.Arm, test: str) -> overlap.Photos | None:
     if outcome is None:
         return None
     right, uids = outcome
+    pair = groups.compared(study, test)
     first = next(p for run in arm.runs if (p := study.predictions(run.name, test)) is not None)
-    if not set(shift.PAIR) <= set(first.groups):
+    if pair is None or not set(pair) <= set(first.groups):
         return None
     similarity = _similarity(study, arm, test)
     if similarity is None:
@@ -115,6 +116,7 @@ def _photos(study: Study, arm: tables.Arm, test: str) -> overlap.Photos | None:
             [first.groups[i] for i in there[finite]],
             right.mean(axis=0)[finite],
             values[at[finite]],
+            pair,
         )
     except ValueError:
         return None

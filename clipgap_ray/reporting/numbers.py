@@ -14,6 +14,7 @@ from clipgap_ray.reporting import (
     robust,
     similarity,
     tables,
+    tables_groups,
     variants,
 )  # fmt: skip
 from clipgap_ray.reporting.robust import RobustnessPanel
@@ -38,6 +39,7 @@ class Numbers:
     removed_per_image: list[Record]
     removed_per_class: list[Record]
     groups: list[Record]
+    group_accuracy: list[Record]
     variants: list[Record]
     exposure: list[Record]
     joins: list[Record]
@@ -55,10 +57,11 @@ class Numbers:
         """Return the tables that are written as CSV and parquet, by file name."""
         robustness = [point for panel in self.panels for point in panel.points]
         per_class = [
-            {"test": g["test"], "arm": g["arm"], "num_samples_seen": g["num_samples_seen"], **row}
+            {**{key: g[key] for key in ("test", "arm", "model", "num_samples_seen")},
+             "first": g["groups"][0], "second": g["groups"][1], **row}
             for g in self.groups
             for row in g["classes"]
-        ]
+        ]  # fmt: skip
         return {
             "accuracy": self.accuracy,
             "closeness": self.closeness,
@@ -74,7 +77,8 @@ class Numbers:
             "neighbour_curves": self.density,
             "removed_per_image": self.removed_per_image,
             "removed_per_class": self.removed_per_class,
-            "group_shift": [tables.flat_group(g) for g in self.groups],
+            "group_accuracy": self.group_accuracy,
+            "group_shift": [tables_groups.flat_group(g) for g in self.groups],
             "group_shift_per_class": per_class,
             "group_shift_variants": self.variants,
             "group_exposure": self.exposure,
@@ -119,7 +123,8 @@ def compute(study: Study, bin_width: float, draws: int, seed: int) -> Numbers:
         density=density.neighbour_curves(study),
         removed_per_image=per_image,
         removed_per_class=per_class,
-        groups=tables.group_shift(study, draws, seed),
+        groups=tables_groups.group_shift(study, draws, seed),
+        group_accuracy=tables_groups.group_accuracy(study),
         variants=variants.of_study(study, draws, seed),
         exposure=similarity.exposure(study),
         joins=drops,

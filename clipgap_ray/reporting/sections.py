@@ -15,6 +15,7 @@ from clipgap_ray.reporting import (
     sections_found,
     sections_groups,
     sections_robustness,
+    sections_shift,
 )
 from clipgap_ray.reporting.layout import Plot, Section, Table
 from clipgap_ray.reporting.numbers import Numbers
@@ -23,32 +24,26 @@ from clipgap_ray.reporting.tables import Record, short
 
 
 def build(study: Study, numbers: Numbers, pictures: galleries.Thumbnails, gallery_rows: int) -> list[Section]:
-    """Return all sections in the order of the page."""
-    sections = [
+    """Return all sections in the order of the page; those with a condition are extras, which no study lacks."""
+    return [
         _headline(study, numbers),
         _main_table(study, numbers),
         _histograms(numbers),
         _accuracy_by_similarity(numbers),
         _pruning(numbers),
+        *([_fewshot(study, numbers)] if numbers.fewshot else []),
         sections_robustness.section(study, numbers),
         _galleries(study, pictures, gallery_rows),
         _gap_check(numbers),
         _density(numbers),
         _removed(study, numbers),
-        sections_groups.shift(numbers),
+        *sections_shift.sections(numbers),
+        *([sections_groups.asked(numbers)] if numbers.variants else []),
         sections_groups.join(numbers),
+        *([sections_groups.hypotheses(numbers)] if numbers.hypotheses else []),
+        *sections_found.build(study, numbers),
         _training(numbers),
     ]
-    # What follows are extras: a study without them lacks nothing.
-    if numbers.variants:
-        sections.insert(11, sections_groups.asked(numbers))
-    sections[-1:-1] = sections_found.build(study, numbers)
-    if numbers.hypotheses:
-        after = next(i for i, section in enumerate(sections) if section.anchor == "drop-similarity")
-        sections.insert(after + 1, sections_groups.hypotheses(numbers))
-    if numbers.fewshot:
-        sections.insert(5, _fewshot(study, numbers))
-    return sections
 
 
 def _headline(study: Study, numbers: Numbers) -> Section:

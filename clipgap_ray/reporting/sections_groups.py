@@ -1,4 +1,4 @@
-"""The sections about test sets with groups: the drop, and the drop beside similarity."""
+"""Sections about a drop between two groups: how the models were asked, similarity, what the drop comes from."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import re
 from functools import partial
 from typing import Any
 
-from clipgap_ray.kernels.shift import PAIR
 from clipgap_ray.reporting import conclusions as say
-from clipgap_ray.reporting import figures_groups, figures_join, figures_models, variants
+from clipgap_ray.reporting import figures_groups, figures_join, variants
 from clipgap_ray.reporting.layout import Plot, Section, Table
 from clipgap_ray.reporting.numbers import Numbers
 from clipgap_ray.reporting.tables import Record
@@ -21,52 +20,6 @@ def _named(records: list[Record]) -> list[Record]:
     return [{**record, "arm": f"{record['arm']} · {record['test']}"} for record in records]
 
 
-def shift(numbers: Numbers) -> Section:
-    """How large is the drop from common to counter? (paper 2403.11497, section 3)"""
-    if not numbers.groups:
-        missing = "no test set among the predictions has the groups common and counter"
-        return Section("groups", "Common and counter backgrounds", "", missing=missing)
-    results = _named(numbers.groups)
-    section = Section("groups", "Common and counter backgrounds", say.on_groups(results, numbers.exposure))
-    caption = "Balanced accuracy of both groups and the drop between them."
-    section.plots.append(Plot("group_shift", partial(figures_models.group_bars, results, PAIR), caption))
-    first = partial(figures_models.class_drop_bars, results[0])
-    section.plots.append(Plot("class_drops", first, f"Drop of every class, {results[0]['arm']}."))
-    rows = []
-    for g in results:
-        worst = g["worst_class_group"]
-        rows.append(
-            [g["arm"], say.percent(g["balanced"]["common"]), say.percent(g["balanced"]["counter"]),
-             (f"{g['drop']['drop_pp']:.1f}", say.span(*g["intervals"]["drop_pp_classes"]), False),
-             (f"{g['drop']['unbalanced_drop_pp']:.1f}", say.span(*g["intervals"]["unbalanced_drop_pp_images"]), False),
-             _relative(g), _log_odds(g),
-             f"{worst['class_name']} / {worst['group']} {say.percent(worst['accuracy'], 0)}",
-             f"{g['num_negative_drops']} / {g['num_insignificant_drops']} of {g['num_classes']}"]
-        )  # fmt: skip
-    headers = ["model", "common", "counter", "drop (points)", "unbalanced drop", "relative", "log-odds",
-               "worst class and group", "negative / insignificant class drops"]  # fmt: skip
-    section.tables.append(Table(headers, rows))
-    section.notes = [
-        "Common, counter, drop: balanced, every class counts once; small print: 95 % bootstrap over classes and "
-        "images. Relative: of the common accuracy. Log-odds: mean over classes of the difference of logits, half a "
-        "photo added to hits and misses. Unbalanced: every photo counts once, which mixes in that the groups have "
-        "different classes; 95 % over images."
-    ]
-    return section
-
-
-def _relative(result: Record) -> Any:
-    ends = result["intervals"]["relative_classes"]
-    shown = "" if ends is None else say.span(100 * ends[0], 100 * ends[1])
-    value = result["drop"]["relative"]
-    return "–" if value is None else (say.percent(value), shown, False)
-
-
-def _log_odds(result: Record) -> Any:
-    low, high = result["intervals"]["log_odds_classes"]
-    return (f"{result['drop']['log_odds']:.2f}".replace("-", "−"), say.span(low, high, ".2f"), False)
-
-
 def asked(numbers: Numbers) -> Section:
     """Does the drop hang on prompts, candidates or weighting?"""
     section = Section("asked", "Does the drop hang on how the model was asked?", variants.sentence(numbers.variants))
@@ -74,13 +27,14 @@ def asked(numbers: Numbers) -> Section:
     for record in numbers.variants:
         models.setdefault(f"{record['arm']} on {record['test']}", []).append(record)
     draw = partial(figures_groups.variants, models)
-    caption = "Drop from common to counter for every way of asking; balanced over classes, unbalanced over photos."
+    pairs = " and ".join(dict.fromkeys(f"from {r['first']} to {r['second']}" for r in numbers.variants))
+    caption = f"Drop {pairs} for every way of asking; balanced over classes, unbalanced over photos."
     section.plots.append(Plot("shift_variants", draw, caption))
-    first, second = PAIR
-    headers = ["asked", "prompts", "candidates", first, second, "drop (points)", "change", f"{first}, unbalanced",
-               f"{second}, unbalanced", "unbalanced drop", "change"]  # fmt: skip
     for name, ways in models.items():
-        rows = [_way_row(way, PAIR) for way in ways]
+        first, second = pair = (ways[0]["first"], ways[0]["second"])
+        headers = ["asked", "prompts", "candidates", first, second, "drop (points)", "change", f"{first}, unbalanced",
+                   f"{second}, unbalanced", "unbalanced drop", "change"]  # fmt: skip
+        rows = [_way_row(way, pair) for way in ways]
         section.tables.append(Table(headers, rows, f"{name}, n = {ways[0]['num_images']:,}"))
     section.notes = [
         "Change: against the first row, paired by photo; 95 % over classes and photos, unbalanced over photos. "
@@ -106,7 +60,7 @@ def join(numbers: Numbers) -> Section:
     """How much of the drop is distance from the training data? (counteranimal.md 7.3)"""
     title = "Is the drop distance from the training data?"
     if not numbers.joins:
-        missing = "needs predictions and query scores of a test set with the groups common and counter"
+        missing = "needs predictions and query scores of a test set whose photos have two groups or more"
         return Section("drop-similarity", title, "", missing=missing)
     results = _named(numbers.joins)
     section = Section("drop-similarity", title, say.on_join(results))

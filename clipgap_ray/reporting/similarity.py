@@ -6,7 +6,7 @@ import numpy as np
 from scipy import stats
 
 from clipgap_ray.kernels import intervals
-from clipgap_ray.reporting import pool_side, tables
+from clipgap_ray.reporting import groups, pool_side, tables
 from clipgap_ray.reporting.study import Queries, Study, positions
 from clipgap_ray.reporting.tables import Record
 
@@ -258,10 +258,13 @@ def _slack(study: Study, test: str) -> float:
 # --- exposure of groups ----------------------------------------------------------------------------------
 
 
-def exposure(study: Study, pair: tuple[str, str] = ("common", "counter")) -> list[Record]:
-    """Return how much farther from the pool one group of a test set is (counteranimal.md 7.3, item 1).
+def exposure(study: Study) -> list[Record]:
+    """Return how much farther from the pool every group of a test set is than its base (counteranimal.md 7.3, item 1).
 
-    `auc` is P(similarity of a photo of the first group > of the second), 0.5 = equally close.
+    Returns:
+        Records `test, first` (the base), `second, difference` of the mean similarities with `low` and `high` (Welch's
+        95 %), `auc` = P(similarity of a photo of the first group > of the second), 0.5 = equally close, `n_first`,
+        `n_second`.
     """
     records = []
     for test in study.tests:
@@ -270,20 +273,25 @@ def exposure(study: Study, pair: tuple[str, str] = ("common", "counter")) -> lis
             continue
         metadata = embeddings.all_metadata(["uid", "group"])
         at = positions(queries.uids, metadata.column("uid").to_pylist())
-        groups = np.array([g or "" for g in metadata.column("group").to_pylist()])[at]
-        first, second = (queries.similarity[groups == name] for name in pair)
-        if not len(first) or not len(second):
-            continue
-        welch = stats.ttest_ind(first, second, equal_var=False).confidence_interval()
-        records.append(
-            {
-                "test": test,
-                "difference": float(first.mean() - second.mean()),
-                "low": float(welch.low),
-                "high": float(welch.high),
-                "auc": float(stats.mannwhitneyu(first, second).statistic / (len(first) * len(second))),
-                "n_first": len(first),
-                "n_second": len(second),
-            }
-        )
+        names = np.array([g or "" for g in metadata.column("group").to_pylist()])[at]
+        order = groups.of_test(study, test) or groups.ordered(names.tolist(), study.groups.get(test, ()))
+        base, *others = order or ("",)
+        for other in others:
+            first, second = (queries.similarity[names == name] for name in (base, other))
+            if not len(first) or not len(second):
+                continue
+            welch = stats.ttest_ind(first, second, equal_var=False).confidence_interval()
+            records.append(
+                {
+                    "test": test,
+                    "first": base,
+                    "second": other,
+                    "difference": float(first.mean() - second.mean()),
+                    "low": float(welch.low),
+                    "high": float(welch.high),
+                    "auc": float(stats.mannwhitneyu(first, second).statistic / (len(first) * len(second))),
+                    "n_first": len(first),
+                    "n_second": len(second),
+                }
+            )
     return records

@@ -85,6 +85,8 @@ class Study:
         self.base_split: str = info.get("base_split", "full")
         self.reference: str = info.get("reference") or "reference"
         self.runs = [_run(entry) for entry in info.get("runs", [])]
+        # Groups of test sets in the order of the settings, the base first (`groups`).
+        self.groups: dict[str, tuple[str, ...]] = {t: tuple(g) for t, g in info.get("groups", {}).items()}
         # For pools that are too large to read here: (folder of score tables, slack) -> counts, by a cluster.
         self.count_pool: Callable[[str, float], PoolSide] | None = None
 

@@ -1,4 +1,4 @@
-"""Numbers about models: the Table-1-like table, pruning curves, group drops, training curves.
+"""Numbers about models: the Table-1-like table, pruning curves, training curves.
 
 Every function reads a `Study` and returns records. Accuracies are fractions, `_pp` are percentage points; an interval
 is Wilson's 95 % over test images, a drop's interval is over images and seeds (`kernels.intervals.paired_drop`).
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clipgap_ray.kernels import intervals, shift
+from clipgap_ray.kernels import intervals
 from clipgap_ray.reporting.study import Run, Study, aligned, positions
 
 Record = dict[str, Any]
@@ -190,51 +190,7 @@ def pruning_curves(study: Study, records: list[Record]) -> list[Record]:
     return curves
 
 
-# --- groups and training ---------------------------------------------------------------------------------
-
-
-def group_shift(study: Study, draws: int, seed: int) -> list[Record]:
-    """Return common, counter and drop of every arm on every test set that has both groups; seeds are pooled."""
-    records = []
-    for test in study.tests:
-        for arm in arms(study):
-            found = [p for run in arm.runs if (p := study.predictions(run.name, test)) is not None]
-            if not found or not set(shift.PAIR) <= set(found[0].groups):
-                continue
-            first, outcomes = aligned(found, f"{study.path('eval')}: the seeds of {arm.label} on {test}")
-            # Seeds share the photos: mean hits keep n the number of photos and so the intervals honest.
-            counts = shift.count(first.classes, first.groups, outcomes.mean(axis=0))
-            result = shift.summarise(counts, np.random.default_rng(seed), draws=draws)
-            records.append({"test": test, "arm": arm.label, "supervised": arm.supervised, **result})
-            records[-1]["num_seeds"] = len(found)
-            records[-1]["num_samples_seen"] = arm.num_samples_seen
-    return records
-
-
-def flat_group(result: Record) -> Record:
-    """Return one line per model: what `kernels.shift.summarise` nests, behind what is said about the model."""
-    about = ("test", "model", "arm", "supervised", "num_seeds", "num_samples_seen")
-    worst = result["worst_class_group"]
-    line: Record = {key: result[key] for key in about if key in result}
-    line |= {f"{group}_n": result["num_images"][group] for group in result["groups"]}
-    line |= {f"balanced_{name}": value for name, value in result["balanced"].items()}
-    line |= {f"unbalanced_{name}": value for name, value in result["unbalanced"].items()}
-    line |= result["drop"]
-    for name, key in (("drop", "drop_pp"), ("unbalanced_drop", "unbalanced_drop_pp"), ("relative", "relative"),
-                      ("log_odds", "log_odds")):  # fmt: skip
-        for over in ("images", "classes"):
-            if f"{key}_{over}" not in result["intervals"]:
-                continue
-            low, high = result["intervals"][f"{key}_{over}"] or (None, None)
-            unit = "_pp" if key.endswith("_pp") else ""
-            line |= {f"{name}_low{unit}_{over}": low, f"{name}_high{unit}_{over}": high}
-    return line | {
-        "worst_class_group": f"{worst['class_name']} / {worst['group']}",
-        "worst_class_group_accuracy": worst["accuracy"],
-        "num_classes": result["num_classes"],
-        "num_negative_drops": result["num_negative_drops"],
-        "num_insignificant_drops": result["num_insignificant_drops"],
-    }
+# --- training --------------------------------------------------------------------------------------------
 
 
 def training_curves(study: Study) -> list[Record]:

@@ -15,7 +15,7 @@ import numpy as np
 from clipgap_ray import store
 from clipgap_ray.errors import DataError
 from clipgap_ray.kernels import shift
-from clipgap_ray.reporting import tables
+from clipgap_ray.reporting import groups, tables
 from clipgap_ray.reporting.study import Predictions, Study, aligned, positions
 from clipgap_ray.reporting.tables import Record
 
@@ -124,16 +124,16 @@ def _change(
     if not shared.any():
         raise ValueError(f"{other[0]} and {first[0]} share no photo: both must be of one test set, read the same way")
     classes = [name for name, kept in zip(other[1].classes, shared.tolist(), strict=True) if kept]
-    groups = [name for name, kept in zip(other[1].groups, shared.tolist(), strict=True) if kept]
+    names = [name for name, kept in zip(other[1].groups, shared.tolist(), strict=True) if kept]
     rng = np.random.default_rng(seed)
-    found = shift.change(classes, groups, first[2][at[shared]], other[2][shared], rng, pair, draws)
+    found = shift.change(classes, names, first[2][at[shared]], other[2][shared], rng, pair, draws)
     values = [found["drop_change_pp"], *found["interval_pp"], found["unbalanced_change_pp"],
               *found["unbalanced_interval_pp"]]  # fmt: skip
     return dict(zip(keys, values, strict=True))
 
 
 def of_study(study: Study, draws: int, seed: int) -> list[Record]:
-    """Compare the ways every arm was asked, on every test set with the groups common and counter.
+    """Compare the ways every arm was asked, on every grouped test set (`groups.compared`).
 
     A further way is a result `eval/<run>/<test>-<way>.parquet`, as `evaluate --candidates-k` and `evaluate --test
     <test>-<way>=DIR --templates <test>-<way>=openai` write it; only ways that all seeds of an arm have are shown.
@@ -146,10 +146,11 @@ def of_study(study: Study, draws: int, seed: int) -> list[Record]:
     """
     records = []
     for test in study.tests:
+        pair = groups.compared(study, test)
         for arm in tables.arms(study):
             runs = [run.name for run in arm.runs if study.predictions(run.name, test) is not None]
             first = _mean(study, runs, test)
-            if first is None or not set(shift.PAIR) <= set(first[0].groups):
+            if first is None or pair is None or not set(pair) <= set(first[0].groups):
                 continue
             common = [way for way in study.ways(runs[0], test) if all(way in study.ways(run, test) for run in runs)]
             others = [(way.removeprefix(f"{test}-"), *found) for way in common if (found := _mean(study, runs, way))]
@@ -157,9 +158,10 @@ def of_study(study: Study, draws: int, seed: int) -> list[Record]:
                 continue
             facts = {name: study.result(runs[0], f"{test}-{name}") for name, *_ in others}
             facts[FIRST] = study.result(runs[0], test)
-            about: dict[str, Any] = {"test": test, "arm": arm.label, "supervised": arm.supervised}
+            about: dict[str, Any] = {"test": test, "arm": arm.label, "supervised": arm.supervised,
+                                     "first": pair[0], "second": pair[1]}  # fmt: skip
             try:
-                rows = compare((FIRST, *first), others, facts, shift.PAIR, draws, seed)
+                rows = compare((FIRST, *first), others, facts, pair, draws, seed)
             except ValueError as error:
                 raise DataError(f"{study.path('eval', runs[0])}, {test}: {error}") from None
             records += [{**about, **row} for row in rows]

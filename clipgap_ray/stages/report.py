@@ -13,8 +13,8 @@ import time
 from typing import Any
 
 from clipgap_ray import __version__, rundir, store
-from clipgap_ray.config.report import ReportSettings
-from clipgap_ray.errors import BudgetError
+from clipgap_ray.config.report import ReportSettings, group_orders
+from clipgap_ray.errors import BudgetError, ConfigError
 from clipgap_ray.hidden import read_hidden
 from clipgap_ray.reporting import conclusions, galleries, layout, page, sections
 from clipgap_ray.reporting.numbers import Numbers, compute
@@ -30,12 +30,13 @@ def run(settings: ReportSettings) -> rundir.Summary:
 
     Raises:
         DataError: If the directory is no study, or a file in it is not what it should be.
-        ConfigError: If a rule of --hide names no column of the pool.
+        ConfigError: If a rule of --hide names no column of the pool, or --groups a test set or group that is not there.
         BudgetError: If the page would be larger than 20 MB.
     """
     started = time.monotonic()
     study = Study.open(settings.study)
     study.count_pool = _count_pool
+    study.groups |= _group_orders(settings, study)
     hidden = read_hidden(settings.blocklist, settings.hide, galleries.rule_columns(study.embeddings("pool")))
     out = settings.out or study.path("report")
     numbers = compute(study, settings.bin_width, settings.draws, settings.seed)
@@ -72,6 +73,15 @@ def run(settings: ReportSettings) -> rundir.Summary:
     summary.extra.update(page=store.join(out, "index.html"), page_bytes=len(html), missing=missing)
     store.write_json(store.join(out, "summary.json"), summary.as_dict())
     return summary
+
+
+def _group_orders(settings: ReportSettings, study: Study) -> dict[str, tuple[str, ...]]:
+    """The order of groups that the settings ask for."""
+    found = group_orders(settings.groups)
+    unknown = sorted(set(found) - set(study.tests))
+    if unknown:
+        raise ConfigError(f"--groups names {unknown[0]!r}; the study's test sets are {study.tests}")
+    return found
 
 
 def _count_pool(folder: str, slack: float) -> PoolSide:

@@ -24,7 +24,7 @@ from clipgap_ray.kernels import robustness, shift
 from clipgap_ray.reporting import figures_groups, figures_models, variants
 from clipgap_ray.reporting.page import csv_bytes
 from clipgap_ray.reporting.study import Predictions, predictions_of
-from clipgap_ray.reporting.tables import flat_group
+from clipgap_ray.reporting.tables_groups import flat_group
 from clipgap_ray.reporting.theme import Draw, render
 
 SUFFIXES = ("_c", "_k")
@@ -55,7 +55,7 @@ def run(settings: ShiftSettings) -> rundir.Summary:
         result = {**next(iter(models.values())), **result}
     store.write_json(store.join(settings.out, "shift.json"), result)
     _write_csv(settings.out, models)
-    _write_figure(settings.out, "shift", partial(figures_models.group_bars, list(models.values()), settings.groups))
+    _write_figure(settings.out, "shift", partial(figures_models.group_bars, list(models.values())))
     if ways:
         lines = [{"model": name, **row} for name, rows in ways.items() for row in rows]
         store.write_bytes(store.join(settings.out, "variants.csv"), csv_bytes(lines))

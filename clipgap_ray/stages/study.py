@@ -214,6 +214,7 @@ def _description(file: StudyFile, data: Data, metric: tuple[str, str]) -> dict[s
         "tests": list(data.tests),
         "reference": "reference",
         "main_test": file.main_test,
+        "groups": {test: list(names) for test, names in file.groups.items()},
         "base_split": "full",
         "data": {"pool": data.pool, "reference": data.reference, "tests": data.tests},
         "runs": [

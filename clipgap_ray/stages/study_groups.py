@@ -86,6 +86,7 @@ def join_steps(file: StudyFile, out: str, labelled: str) -> list[Step]:
             predictions=tuple(f"{name}={path}" for name, path in predictions.items()),
             scores=(f"{out}/scores",),
             test=test,
+            groups=file.pair(test),
             out=f"{out}/join/neighbours",
             pool=pool,
             attributes=labels[0],
@@ -105,6 +106,7 @@ def join_steps(file: StudyFile, out: str, labelled: str) -> list[Step]:
             scores=tuple(f"{name}={table}" for name, (table, _) in beside.items()),
             column=tuple(f"{name}={column}" for name, (_, column) in beside.items()),
             test=test,
+            groups=file.pair(test),
             out=f"{out}/join/equal-similarity",
             baseline=supervised,
         )

@@ -31,8 +31,10 @@ from clipgap_ray.reporting import (
     planted,
     robust,
     sections_groups,
+    sections_shift,
     similarity,
     tables,
+    tables_groups,
     theme,
 )
 from clipgap_ray.reporting import page as report_page
@@ -148,7 +150,7 @@ def test_seeds_with_different_photos_are_compared_on_those_that_all_have(built, 
     record = tables.lookup(tables.accuracy(other), split="gap-sketch", test="counteranimal")
     assert record["num_images"] == 75
     assert record["accuracy"] == pytest.approx(np.mean(right))
-    group = next(r for r in tables.group_shift(other, 20, 0) if r["arm"] == "gap-sketch")
+    group = next(r for r in tables_groups.group_shift(other, 20, 0) if r["arm"] == "gap-sketch")
     assert sum(group["num_images"].values()) == 75
     groups = np.array(built.tests["counteranimal"].groups)[5:]
     expected = np.mean(right, axis=0)[groups == "common"].mean()
@@ -266,16 +268,17 @@ def test_planted_truth_is_found_and_a_miss_is_seen(built, study, tmp_path) -> No
     assert (missed[0]["planted"], missed[0]["found"]) == (2, 0)
 
 
-def test_test_sets_are_named_where_there_are_several(study) -> None:
-    one = tables.group_shift(study, 20, 0)[:2]
+def test_every_grouped_test_set_has_a_section_of_its_own(study) -> None:
+    one = tables_groups.group_shift(study, 20, 0)[:2]
     both = [*one, *({**record, "test": "other"} for record in one)]
-    section = sections_groups.shift(SimpleNamespace(groups=both, exposure=[]))
-    names = [row[0] for row in section.tables[0].rows]
-    assert names == [f"{r['arm']} · {r['test']}" for r in both]
-    assert section.plots[1].caption == f"Drop of every class, {names[0]}."
-    axes = section.plots[0].draw(theme.LIGHT).axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == names
-    assert sections_groups.shift(SimpleNamespace(groups=one, exposure=[])).tables[0].rows[0][0] == one[0]["arm"]
+    numbers = SimpleNamespace(groups=both, group_accuracy=tables_groups.group_accuracy(study), exposure=[])
+    first, second = sections_shift.sections(numbers)
+    assert (first.anchor, second.anchor) == ("groups", "groups-other")
+    assert (first.title, second.title) == (
+        "Common and counter backgrounds", "Common and counter backgrounds (other)"
+    )  # fmt: skip
+    assert [row[0] for row in first.tables[0].rows] == [r["arm"] for r in one]
+    assert len({plot.name for section in (first, second) for plot in section.plots}) == 4
     drops = joined.joins(study, 5, 0)[:1]
     section = sections_groups.join(SimpleNamespace(joins=[*drops, {**drops[0], "test": "other"}]))
     names = [f"{drops[0]['arm']} · {test}" for test in (drops[0]["test"], "other")]
@@ -320,8 +323,8 @@ def test_figures_about_models_say_how_many_photos(study) -> None:
     axis = figures_models.robustness_scatter(panels, "val", theme.LIGHT).axes[0]
     assert axis.get_xlabel() == "val accuracy (probit scale, n = 80)"
     assert axis.get_title() == "sketch  (n = 80)"
-    results = tables.group_shift(study, 20, 0)[:2]
-    figure = figures_models.group_bars(results, ("common", "counter"), theme.LIGHT)
+    results = tables_groups.group_shift(study, 20, 0)[:2]
+    figure = figures_models.group_bars(results, theme.LIGHT)
     counts = results[0]["num_images"]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == [f"{group} (n = {counts[group]})" for group in ("common", "counter")]
@@ -330,7 +333,7 @@ def test_figures_about_models_say_how_many_photos(study) -> None:
 
 
 def test_group_shift_pools_seeds_without_counting_photos_twice(study) -> None:
-    result = tables.group_shift(study, 50, 0)[0]
+    result = tables_groups.group_shift(study, 50, 0)[0]
     assert sum(result["num_images"].values()) == 80
     assert result["num_seeds"] == 2
     exposure = similarity.exposure(study)
@@ -348,7 +351,7 @@ def test_the_join_takes_every_arm_beside_what_it_was_trained_on(built, study) ->
         means = [[s[(classes == c) & (groups == g)].mean() for g in ("common", "counter")] for c in range(8)]
         assert records[arm]["exposure"]["difference"] == pytest.approx(np.mean(np.diff(means, axis=1)) * -1)
     line = joined.flat(records["full"])
-    assert line["drop_pp"] == pytest.approx(tables.group_shift(study, 20, 0)[0]["drop"]["drop_pp"])
+    assert line["drop_pp"] == pytest.approx(tables_groups.group_shift(study, 20, 0)[0]["drop"]["drop_pp"])
     assert records["full"]["arm"] in conclusions.on_join(list(records.values()))
 
 
