@@ -20,8 +20,8 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
-	@# Peer of one test. Without its other dependencies: they would slow down every import of open_clip.
-	$(BIN)/python -m pip install --quiet --no-deps "clip-benchmark==1.6.2"
+	@# Peers of two tests. Without their other dependencies: they would slow down every import of open_clip.
+	$(BIN)/python -m pip install --quiet --no-deps "clip-benchmark==1.6.2" "clip-retrieval==2.45.0"
 	@touch $(READY)
 
 install: $(READY) ## make the environment (.venv) and install everything
