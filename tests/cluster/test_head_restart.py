@@ -159,7 +159,7 @@ def test_the_service_answers_while_the_head_is_gone_and_is_the_same_after_it(
 
     def answers() -> bool:
         """Whether the service answers, which it must do rightly."""
-        with contextlib.suppress(ServiceError), Client(f"http://127.0.0.1:{settings.port}") as client:
+        with contextlib.suppress(ServiceError), Client(f"http://127.0.0.1:{settings.port}", retry_s=0) as client:
             found = client.search(queries=[{"vector": row} for row in queries.astype(float).tolist()], k=5)
             assert [[near.row_id for near in rows] for rows in found.results] == expected
             return not found.degraded
