@@ -11,6 +11,7 @@ from clipgap_ray.reporting import (
     hypotheses,
     joined,
     planted,
+    prompts,
     robust,
     similarity,
     tables,
@@ -41,6 +42,7 @@ class Numbers:
     groups: list[Record]
     group_accuracy: list[Record]
     variants: list[Record]
+    prompts: list[Record]
     exposure: list[Record]
     joins: list[Record]
     hypotheses: list[Record]
@@ -81,6 +83,7 @@ class Numbers:
             "group_shift": [tables_groups.flat_group(g) for g in self.groups],
             "group_shift_per_class": per_class,
             "group_shift_variants": self.variants,
+            "prompts": self.prompts,
             "group_exposure": self.exposure,
             "group_drop_and_similarity": [joined.flat(r) for r in self.joins],
             "group_drop_and_similarity_per_class": [
@@ -126,6 +129,7 @@ def compute(study: Study, bin_width: float, draws: int, seed: int) -> Numbers:
         groups=tables_groups.group_shift(study, draws, seed),
         group_accuracy=tables_groups.group_accuracy(study),
         variants=variants.of_study(study, draws, seed),
+        prompts=prompts.asked_with(study),
         exposure=similarity.exposure(study),
         joins=drops,
         hypotheses=hypotheses.table(drops, found.joins(study), found.selections(study)),

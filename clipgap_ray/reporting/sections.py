@@ -12,6 +12,7 @@ from clipgap_ray.reporting import (
     figures,
     figures_models,
     galleries,
+    prompts,
     sections_found,
     sections_groups,
     sections_robustness,
@@ -37,7 +38,7 @@ def build(study: Study, numbers: Numbers, pictures: galleries.Thumbnails, galler
         _gap_check(numbers),
         _density(numbers),
         _removed(study, numbers),
-        *sections_shift.sections(numbers),
+        *sections_shift.sections(study, numbers),
         *([sections_groups.asked(numbers)] if numbers.variants else []),
         sections_groups.join(numbers),
         *([sections_groups.hypotheses(numbers)] if numbers.hypotheses else []),
@@ -73,6 +74,7 @@ def _main_table(study: Study, numbers: Numbers) -> Section:
         "Δ: change against the full pool in points with its 95 % interval over images and seeds (paired by "
         "image), and relative to the full pool's accuracy. Framed: the test set that a cut is aimed at. ◆ marks "
         "supervised baselines.",
+        *filter(None, [prompts.caution(numbers.prompts, tests)]),
     ]
     return section
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from clipgap_ray.reporting import conclusions as say
-from clipgap_ray.reporting import figures_models, robust
+from clipgap_ray.reporting import figures_models, prompts, robust
 from clipgap_ray.reporting.layout import Plot, Section, Table
 from clipgap_ray.reporting.numbers import Numbers
 from clipgap_ray.reporting.robust import RobustnessPanel
@@ -39,6 +39,8 @@ def section(study: Study, numbers: Numbers) -> Section:
     for panel in numbers.panels:
         notes.setdefault(_line(panel), []).append(panel.test)
     built.notes = [f"{', '.join(tests)}: {text}" for text, tests in notes.items()]
+    tests = [study.main_test, *(panel.test for panel in numbers.panels)]
+    built.notes += filter(None, [prompts.caution(numbers.prompts, tests)])
     if rows:
         built.notes += robust.warnings(numbers.panels, study.main_test)
         built.notes.append(

@@ -7,15 +7,19 @@ from typing import Any
 
 from clipgap_ray.kernels.shift import PAIR
 from clipgap_ray.reporting import conclusions as say
-from clipgap_ray.reporting import figures_models
+from clipgap_ray.reporting import figures_models, prompts
 from clipgap_ray.reporting.layout import Plot, Section, Table
 from clipgap_ray.reporting.numbers import Numbers
+from clipgap_ray.reporting.study import Study
 from clipgap_ray.reporting.tables import Record
 
 MAX_COLUMNS = 8  # groups side by side; more of them are columns of no page, but rows of the tables beside it
 
 
-def sections(numbers: Numbers) -> list[Section]:
+ALIKE = "Both groups of a test set are asked alike: the drop between them is not touched."
+
+
+def sections(study: Study, numbers: Numbers) -> list[Section]:
     """Return a section per grouped test set, or one that says that there is none."""
     tests = list(dict.fromkeys(record["test"] for record in numbers.groups))
     if not tests:
@@ -26,6 +30,8 @@ def sections(numbers: Numbers) -> list[Section]:
         own = [record for record in numbers.groups if record["test"] == test]
         cells = [record for record in numbers.group_accuracy if record["test"] == test]
         found.append(section(test, own, cells, numbers.exposure, f"-{test}" if number else ""))
+        doubt = prompts.caution(numbers.prompts, list(dict.fromkeys([study.main_test, test])))
+        found[-1].notes += [f"{doubt} {ALIKE}"] if doubt else []
     return found
 
 

@@ -271,8 +271,8 @@ def test_planted_truth_is_found_and_a_miss_is_seen(built, study, tmp_path) -> No
 def test_every_grouped_test_set_has_a_section_of_its_own(study) -> None:
     one = tables_groups.group_shift(study, 20, 0)[:2]
     both = [*one, *({**record, "test": "other"} for record in one)]
-    numbers = SimpleNamespace(groups=both, group_accuracy=tables_groups.group_accuracy(study), exposure=[])
-    first, second = sections_shift.sections(numbers)
+    numbers = SimpleNamespace(groups=both, group_accuracy=tables_groups.group_accuracy(study), exposure=[], prompts=[])
+    first, second = sections_shift.sections(study, numbers)
     assert (first.anchor, second.anchor) == ("groups", "groups-other")
     assert (first.title, second.title) == (
         "Common and counter backgrounds", "Common and counter backgrounds (other)"
