@@ -21,6 +21,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipgap_ray.serving import switches
+
 LISTEN = "0A"  # in /proc/net/tcp
 
 
@@ -106,7 +108,12 @@ def _name(pid: int) -> str:
 
 
 def explain(
-    found: Iterable[Listening], own: Iterable[int], haproxy: Iterable[int], metrics: Iterable[int], has_token: bool
+    found: Iterable[Listening],
+    own: Iterable[int],
+    haproxy: Iterable[int],
+    metrics: Iterable[int],
+    has_token: bool,
+    node: str = "",
 ) -> list[str]:
     """Return lines that say what else can be reached from other machines, and what to do about it; none if nothing.
 
@@ -116,10 +123,15 @@ def explain(
         haproxy: HAProxy's statistics and metrics.
         metrics: Ray's metrics of the node.
         has_token: Whether Ray's processes want Ray's token from each other.
+        node: Address of a node of a running cluster; empty: this machine, with a Ray of the service's own.
     """
+    instead = f"without {switches.HAPROXY}=1 a node opens neither" if node else "--no-haproxy opens neither"
     kinds = {
-        "HAProxy: statistics page and metrics, no token; --no-haproxy opens neither": set(haproxy),
+        f"HAProxy: statistics page and metrics, no token; {instead}": set(haproxy),
         "Ray: metrics of this node, no token": set(metrics),
+        "gateway replicas on --host: the service's routes behind the service's own token": set(
+            switches.replica_ports()
+        ),
     }
     inside = (
         "Ray and its workers, the replicas among them: calls to each other, only with Ray's token"
@@ -131,5 +143,6 @@ def explain(
     for port in sorted({one.port for one in found if not one.is_loopback} - set(own)):
         lines[next((kind for kind, ports in kinds.items() if port in ports), inside)].append(port)
     told = [f"  {', '.join(map(str, ports))}: {kind}" for kind, ports in lines.items() if ports]
-    head = "listening on other interfaces than was asked for; close these ports to other machines (firewall):"
+    where = f"node {node} is " if node else ""
+    head = f"{where}listening on other interfaces than was asked for; close these ports to other machines (firewall):"
     return [head, *told] if told else []

@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 
 from clipgap_ray.config.serve import TOKEN_VARIABLE, ServeSettings
 from clipgap_ray.errors import ClipgapError, ConfigError
-from clipgap_ray.serving import ports, switches
+from clipgap_ray.serving import node_ports, ports, switches
 from clipgap_ray.serving.app import build_app, check_exposure
 
 logger = logging.getLogger("clipgap")
@@ -70,9 +70,9 @@ def deploy(app: serve.Application, settings: ServeSettings) -> None:
 
 
 def open_ports(settings: ServeSettings) -> list[str]:
-    """Return lines on what listens on other interfaces than was asked for; see `ports`."""
+    """Return lines on what listens on other interfaces than was asked for; see `ports`, on a cluster `node_ports`."""
     if os.environ.get("RAY_ADDRESS"):
-        return ["ports that the nodes of this cluster open besides, and what to close: docs/cluster.md, What is open"]
+        return node_ports.explain(settings.port)
     found = ports.listening(ports.descendants(os.getpid()))
     metrics = [node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]]
     has_token = os.environ.get("RAY_AUTH_MODE") == "token"

@@ -28,6 +28,11 @@ FOR_CLUSTERS = f"{HAPROXY}=1 {THROUGHPUT}=1"
 DRAINING = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5"}
 # HAProxy's ports that nobody asks for: all interfaces, no token. Its files lie apart for every node's id.
 PORTS = {"RAY_SERVE_HAPROXY_STATS_PORT": 8404, "RAY_SERVE_HAPROXY_METRICS_PORT": 9101}
+# On the service's host, one per gateway replica: HAProxy, or a caller, reaches them there.
+REPLICA_PORTS = {
+    "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": 30000,
+    "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": 31000,
+}
 
 
 def switch(settings: ServeSettings, environment: MutableMapping[str, str] = os.environ) -> None:
@@ -61,6 +66,12 @@ def haproxy_ports(environment: MutableMapping[str, str] = os.environ) -> list[in
     if environment.get(HAPROXY) != "1":
         return []
     return [int(environment.get(name, usual)) for name, usual in PORTS.items()]
+
+
+def replica_ports(environment: MutableMapping[str, str] = os.environ) -> range:
+    """Return the ports that the gateway's replicas may answer HTTP on, on the service's host."""
+    first, last = (int(environment.get(name, usual)) for name, usual in REPLICA_PORTS.items())
+    return range(first, last + 1)
 
 
 def _there_is_haproxy(environment: MutableMapping[str, str]) -> bool:

@@ -84,6 +84,19 @@ def test_without_rays_token_the_danger_is_said() -> None:
     assert "whoever reaches them runs code here" in ports.explain(FOUND, [], [], [], has_token=False)[-1]
 
 
+def test_a_public_gateway_s_replicas_are_behind_the_service_s_token() -> None:
+    found = [Listening(30000, "0.0.0.0", "ray::ServeReplica:clipgap:Gateway")]
+    (line,) = ports.explain(found, [8000], [], [], has_token=True)[1:]
+    assert line.startswith("  30000: gateway replicas")
+    assert "the service's own token" in line
+
+
+def test_a_node_of_a_running_cluster_is_named_and_its_own_switches_are() -> None:
+    head, haproxy, *_ = ports.explain(FOUND, [8000], [8404, 9101], [40001], has_token=True, node="10.0.0.7")
+    assert head.startswith("node 10.0.0.7 is listening")
+    assert haproxy.endswith("without RAY_SERVE_ENABLE_HA_PROXY=1 a node opens neither")
+
+
 def test_the_services_own_port_and_loopback_need_no_word() -> None:
     public = Listening(8000, "0.0.0.0", "haproxy")
     assert ports.explain([public, *FOUND[:1], FOUND[3]], [8000], [], [], has_token=True) == []
@@ -129,11 +142,10 @@ def test_on_a_cluster_the_nodes_environment_decides_and_is_printed(caplog: pytes
 def test_the_names_and_usual_values_are_those_of_the_installed_ray() -> None:
     from ray.serve._private import constants, haproxy
 
-    for name, usual in switches.PORTS.items():
+    for name, usual in {**switches.PORTS, **switches.REPLICA_PORTS}.items():
         assert getattr(constants, name) == int(os.environ.get(name, usual))
     for name in (switches.HAPROXY, switches.THROUGHPUT, *switches.DRAINING):
         assert hasattr(constants, name), name
-    assert constants.RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT == 30000
     assert haproxy.get_haproxy_binary()
 
 
