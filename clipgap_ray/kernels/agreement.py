@@ -6,10 +6,10 @@ import numpy as np
 from scipy import stats
 
 
-def jaccard(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Return |both| / |either| of two (n,) bool masks; None when both are empty."""
-    either = int((first | second).sum())
-    return int((first & second).sum()) / either if either else None
+def jaccard(first: int, second: int, both: int) -> float | None:
+    """Return |both| / |either| of two sets by their sizes and that of their intersection; None when both are empty."""
+    either = first + second - both
+    return both / either if either else None
 
 
 def chance_jaccard(total: int, first: int, second: int) -> float | None:

@@ -1,7 +1,11 @@
 """Two score runs of one pool by different encoders: what they agree on, and what hangs on the choice of the encoder.
 
-Reads: two outputs of `score`; rows are matched by uid, images of test sets too. Decisions (which rows a cut removes)
-are exact, as in `split`. Writes: OUT/agreement.json, OUT/agreement.csv, OUT/summary.json. Unit of restart: the command.
+Reads: two outputs of `score`; rows are matched by uid (`score_pairs`), images of test sets too. Decisions (which rows a
+cut removes) are exact, as in `split`; rank correlations are exact below 262,144 uids, else within `rank_error_*` of the
+exact ones (`kernels.ranks`; about 2e-5). Writes: OUT/agreement.json, OUT/agreement.csv, OUT/summary.json.
+
+Memory: bounded at any pool size. Tasks hold a million rows; the driver holds counts, the tables of the test images, and
+the rows within the rounding bound of a cut (`agreement_cuts`). Small pools start no Ray. Unit of restart: the command.
 """
 
 from __future__ import annotations
@@ -9,18 +13,22 @@ from __future__ import annotations
 import csv
 import io
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from clipgap_ray import rundir, schema, store
 from clipgap_ray.config.join import AgreementSettings
-from clipgap_ray.config.split import AnySplit, Far, GapMatch, Near
 from clipgap_ray.embeddings import identity
 from clipgap_ray.errors import ConfigError, DataError
-from clipgap_ray.kernels import agreement, subsets
-from clipgap_ray.stages import split
-from clipgap_ray.stages.split import Table
+from clipgap_ray.kernels import agreement, ranks, splits, subsets
+from clipgap_ray.stages import agreement_cuts, score_pairs
+from clipgap_ray.stages.agreement_cuts import Counted, Cut
+from clipgap_ray.stages.score_pairs import COLUMNS, Bucket, Pairs, ScoreRun
+from clipgap_ray.stages.split import read_tau
+
+Counts = dict[tuple[int, str], np.ndarray]  # by run and m, margin (over common uids), all (m over all uids)
 
 
 def run(settings: AgreementSettings) -> rundir.Summary:
@@ -32,28 +40,27 @@ def run(settings: AgreementSettings) -> rundir.Summary:
     """
     started = time.monotonic()
     tests = _tests(settings)
-    first, second = (split.open_table(scores, tests) for scores in settings.scores)
-    at = subsets.find(second.uids, first.uids)
-    pairs = np.nonzero(at >= 0)[0], at[at >= 0]
-    if not len(pairs[0]):
-        raise DataError(f"{first.scores} and {second.scores} score no uid in common: they are not of one pool")
-    records = []
-    for test in tests:
-        records.append({"test": test, **_ranks(first, second, test, pairs), **_queries(first, second, test)})
-        records[-1]["pruned"] = _pruned(settings, (first, second), test, pairs)
+    pairs = score_pairs.pair(settings.scores, tests, store.join(settings.out, "partial"))
+    try:
+        if not pairs.num_common:
+            uris = [one.uri for one in pairs.runs]
+            raise DataError(f"{uris[0]} and {uris[1]} score no uid in common: they are not of one pool")
+        records = [_compare(settings, pairs, test) for test in tests]
+    finally:
+        pairs.remove()
     result = {
-        "scores": [{"uri": t.scores, "digest": t.manifest["digest"], "encoder": t.manifest["encoder"]}
-                   for t in (first, second)],
-        "uids": {"common": len(pairs[0]), "first": first.num_uids, "second": second.num_uids},
+        "scores": [{"uri": one.uri, "digest": one.manifest["digest"], "encoder": one.manifest["encoder"]}
+                   for one in pairs.runs],
+        "uids": {"common": pairs.num_common, "first": pairs.num_uids[0], "second": pairs.num_uids[1]},
         "tests": records,
-        "warnings": _warnings(first, second, len(pairs[0])),
+        "warnings": _warnings(pairs),
         "settings": settings.fingerprint(),
     }  # fmt: skip
     store.write_json(store.join(settings.out, "agreement.json"), result)
     _write_csv(settings.out, records)
-    only_one = first.num_uids - len(pairs[0])
+    only_one = pairs.num_uids[0] - pairs.num_common
     summary = rundir.Summary(
-        "agreement", first.num_uids, len(pairs[0]), {"not_in_second": only_one} if only_one else {}
+        "agreement", pairs.num_uids[0], pairs.num_common, {"not_in_second": only_one} if only_one else {}
     )
     summary.seconds = time.monotonic() - started
     summary.extra.update(tests=records, warnings=result["warnings"])
@@ -74,19 +81,101 @@ def _tests(settings: AgreementSettings) -> tuple[str, ...]:
     return settings.test or tuple(sorted(common))
 
 
-def _ranks(first: Table, second: Table, test: str, pairs: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
-    """Spearman's correlations of the pool side over common uids."""
-    result = {}
-    for column in ("m", "margin"):
-        values = [table.column(test, column)[at] for table, at in zip((first, second), pairs, strict=True)]
-        result[f"rank_correlation_{column}"] = agreement.rank_correlation(*values)
+# --- the pool side -----------------------------------------------------------------------------------------
+
+
+def _compare(settings: AgreementSettings, pairs: Pairs, test: str) -> dict[str, Any]:
+    """Everything about one test set: two passes over the buckets, then the rows in the bands of the cuts."""
+    edges = {(side, column): ranks.grid(pairs.samples[side, test, column]) for side in (0, 1) for column in COLUMNS}
+    counts = _add(list(pairs.each(partial(_count, pairs, test, edges))))
+    cuts = _cuts(settings, pairs, test, edges, counts)
+    chunks = sorted(pairs.each(partial(_place, pairs, test, edges, counts, cuts)), key=lambda chunk: chunk[0])
+    result: dict[str, Any] = {"test": test}
+    for at, column in enumerate(COLUMNS):
+        both = counts[0, column], counts[1, column]
+        found, error = ranks.correlation([product for _, products, _ in chunks for product in products[at]], both)
+        result |= {f"rank_correlation_{column}": found, f"rank_error_{column}": error}
+    result |= _queries(*pairs.runs, test)
+    result["pruned"] = []
+    for at, cut in enumerate(cuts):
+        counted = agreement_cuts.merge(one for *_, places in chunks for one in places[at])
+        gone = agreement_cuts.removed(pairs, test, cut, counted)
+        result["pruned"].append(agreement_cuts.record(cut, gone, pairs.num_common))
     return result
 
 
-def _queries(first: Table, second: Table, test: str) -> dict[str, Any]:
+def _cuts(
+    settings: AgreementSettings, pairs: Pairs, test: str, edges: dict[tuple[int, str], np.ndarray], counts: Counts
+) -> list[Cut]:
+    bounds = pairs.runs[0].bound, pairs.runs[1].bound
+    found = []
+    if not any(np.isnan(read_tau(one.uri, test)).any() for one in pairs.runs):
+        found.append(agreement_cuts.gap_match(bounds))
+    of_m = (counts[0, "all"], counts[1, "all"]), (edges[0, "m"], edges[1, "m"]), bounds
+    for share in settings.sizes:
+        # As `split near` and `split far` read --size: the number kept.
+        first, second = (splits.parse_size(f"{1 - share:.9f}", total) for total in pairs.num_uids)
+        gone = pairs.num_uids[0] - first, pairs.num_uids[1] - second
+        found.append(agreement_cuts.by_rank(f"near {share:g}", (first, second), *of_m, removes_low=False))
+        found.append(agreement_cuts.by_rank(f"far {share:g}", gone, *of_m, removes_low=True))
+    return found
+
+
+def _count(pairs: Pairs, test: str, edges: dict[tuple[int, str], np.ndarray], buckets: list[int]) -> Counts:
+    """Count values per cell: of both columns over common uids where both runs have a number, of m over all uids."""
+    counts: list[Counts] = []
+    for bucket in buckets:
+        read = pairs.read(bucket, test)
+        own: Counts = {}
+        for side in (0, 1):
+            own[side, "all"] = ranks.count(read.values[side]["m"], edges[side, "m"])
+        for column in COLUMNS:
+            for side, values in enumerate(_usable(read, column)):
+                own[side, column] = ranks.count(values, edges[side, column])
+        counts.append(own)
+    return _add(counts)
+
+
+def _add(counts: list[Counts]) -> Counts:
+    return {key: np.sum([one[key] for one in counts], axis=0) for key in counts[0]}
+
+
+def _place(
+    pairs: Pairs,
+    test: str,
+    edges: dict[tuple[int, str], np.ndarray],
+    counts: Counts,
+    cuts: list[Cut],
+    buckets: list[int],
+) -> tuple[int, list[list[ranks.Products]], list[list[Counted]]]:
+    """Products of ranks by column and bucket, and every cut's counts by bucket; the first bucket's number before."""
+    products: list[list[ranks.Products]] = [[] for _ in COLUMNS]
+    places: list[list[Counted]] = [[] for _ in cuts]
+    for bucket in buckets:
+        read = pairs.read(bucket, test, uids=True)
+        for at, column in enumerate(COLUMNS):
+            first, second = _usable(read, column)
+            of_column = (edges[0, column], edges[1, column]), (counts[0, column], counts[1, column])
+            products[at].append(ranks.products(first, second, *of_column))
+        for own, one in zip(places, agreement_cuts.count(pairs, read, cuts), strict=True):
+            own.append(one)
+    return buckets[0], products, places
+
+
+def _usable(bucket: Bucket, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """Values of the uids for which both runs have a number."""
+    first, second = (values[column][at] for values, at in zip(bucket.values, bucket.common, strict=True))
+    usable = np.isfinite(first) & np.isfinite(second)
+    return first[usable], second[usable]
+
+
+# --- the query side ----------------------------------------------------------------------------------------
+
+
+def _queries(first: ScoreRun, second: ScoreRun, test: str) -> dict[str, Any]:
     """The query side over common test images: tau, similarity to the pool, and who the nearest row is."""
     columns = ["uid", "tau", "similarity", "nearest_uid", "reference_uid"]
-    tables = [store.read_table(store.join(t.scores, "queries", f"{test}.parquet"), columns) for t in (first, second)]
+    tables = [store.read_table(store.join(t.uri, "queries", f"{test}.parquet"), columns) for t in (first, second)]
     uids = [schema.pack_uids(table.column("uid")) for table in tables]
     known, first_at = np.unique(uids[0], return_index=True)
     at = subsets.find(known, uids[1])
@@ -104,48 +193,15 @@ def _queries(first: Table, second: Table, test: str) -> dict[str, Any]:
     return result
 
 
-def _pruned(
-    settings: AgreementSettings, tables: tuple[Table, Table], test: str, pairs: tuple[np.ndarray, np.ndarray]
-) -> list[dict[str, Any]]:
-    """Jaccard of what each cut removes by either encoder, beside what two random sets of these sizes have in common."""
-    records = []
-    for name, kind, more in _cuts(settings, tables, test):
-        removed = []
-        for table, at in zip(tables, pairs, strict=True):
-            chosen: AnySplit = kind(scores=table.scores, out="unwritten.npy", test=(test,), **more)
-            removed.append(~split.select(chosen, table)[at])
-        counts = [int(side.sum()) for side in removed]
-        records.append(
-            {
-                "cut": name,
-                "removed_first": counts[0],
-                "removed_second": counts[1],
-                "removed_both": int((removed[0] & removed[1]).sum()),
-                "jaccard": agreement.jaccard(*removed),
-                "chance": agreement.chance_jaccard(len(removed[0]), *counts),
-            }
-        )
-    return records
-
-
-def _cuts(settings: AgreementSettings, tables: tuple[Table, Table], test: str) -> list[tuple[str, Any, dict[str, str]]]:
-    cuts: list[tuple[str, Any, dict[str, str]]] = []
-    if not any(np.isnan(split.read_tau(table.scores, test)).any() for table in tables):
-        cuts.append(("gap-match", GapMatch, {}))
-    for share in settings.sizes:
-        cuts += [
-            (f"{name} {share:g}", kind, {"size": f"{1 - share:.9f}"}) for name, kind in (("near", Near), ("far", Far))
-        ]
-    return cuts
-
-
-def _warnings(first: Table, second: Table, common: int) -> list[str]:
+def _warnings(pairs: Pairs) -> list[str]:
+    first, second = pairs.runs
     found = []
     if identity(first.manifest["encoder"]) == identity(second.manifest["encoder"]):
         found.append("both score runs are of the same encoder: they agree by construction")
-    if common < max(first.num_uids, second.num_uids):
+    if pairs.num_common < max(pairs.num_uids):
         found.append(
-            f"{common:,} uids are in both of {first.num_uids:,} and {second.num_uids:,}; the others are left out"
+            f"{pairs.num_common:,} uids are in both of {pairs.num_uids[0]:,} and {pairs.num_uids[1]:,}; the others are "
+            "left out"
         )
     return found
 
