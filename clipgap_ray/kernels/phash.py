@@ -97,5 +97,18 @@ def nearest_hashes(
     return bits, best
 
 
+def nearer(
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Merge what `nearest_hashes` found among two disjoint sets of rows: fewer bits win, of as many the lower row id.
+
+    Blocks of rising row ids in one call give the same: there the first row of as many bits stays.
+    """
+    bits, rows = first
+    other_bits, other_rows = second
+    closer = (other_bits < bits) | ((other_bits == bits) & (other_rows >= 0) & (other_rows < rows))
+    return np.where(closer, other_bits, bits), np.where(closer, other_rows, rows)
+
+
 def _bytes(hashes: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(hashes).view(np.uint8).reshape(-1, 8)

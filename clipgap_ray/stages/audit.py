@@ -1,8 +1,11 @@
-"""Is a test set inside a pool? Duplicates, gap and coverage from embeddings alone: no training, no Ray.
+"""Is a test set inside a pool? Duplicates, gap and coverage from embeddings alone: no training.
 
 Reads: embeddings of a pool, of test sets, of a reference or thresholds files; predictions; for the positive control and
 the pictures the images, by byte range. Writes: OUT/audit.json, OUT/index.html (self-contained), OUT/tests.csv,
 OUT/pairs.csv, OUT/summary.json. `Summary.extra["exit_code"]` is 4 when a `--fail-on` rule holds.
+
+The pool is looked through part by part, by Ray tasks from half a million rows on (`audit_pass`); memory holds the test
+sets and, per task, one part. Unit of restart: the command.
 """
 
 from __future__ import annotations

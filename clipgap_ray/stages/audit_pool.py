@@ -1,25 +1,24 @@
-"""What an audit reads of a pool: every test row's nearest row, equal bytes, perceptual hashes, captions. No Ray.
+"""What an audit knows of every test set: nearest pool rows, equal bytes, perceptual hashes, captions, thresholds.
 
-The pool is streamed part by part, all test sets in one pass of each kind; memory holds one part and the test sets.
+All test sets are looked for in one pass over the pool (`audit_pass`), and in one over the reference; memory holds the
+test sets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from clipgap_ray import schema, store
 from clipgap_ray.config.audit import AuditSettings
 from clipgap_ray.embeddings import EmbeddingSet, check_same_encoder, identity
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.kernels import phash
-from clipgap_ray.kernels.concepts import words
-from clipgap_ray.kernels.nearest_exact import nearest
 from clipgap_ray.reporting.study import positions
+from clipgap_ray.stages import audit_pass
+from clipgap_ray.stages.audit_pass import Sought, integers, normalised, num_unknown
 
 COLUMNS = ["uid", "row_id", "sha256", "image_path", "class_name", "caption", "phash", "phash_flipped"]
 
@@ -96,115 +95,63 @@ def targets(settings: AuditSettings, pool: EmbeddingSet) -> list[Target]:
     rows = [test.all_images() for test in tests.values()]
     metadata = [test.all_metadata(COLUMNS) for test in tests.values()]
     ends = np.cumsum([len(block) for block in rows])[:-1]
-    similarity, row_ids = nearest(np.concatenate(rows), _blocks(pool), 1)
-    seen, pool_unknown = _seen_bytes(pool, metadata)
-    bits, hash_rows = None, np.full(len(similarity), -1, np.int64)
-    if settings.hash_bits >= 0:
-        bits, hash_rows, pool_unknown["pool_hash"] = _hashes(pool, metadata)
-    captions = _captions(pool, metadata)
+    captions = [_own_captions(table) for table in metadata]
+    sought = Sought(
+        np.concatenate(rows),
+        frozenset(digest for table in metadata for digest in table["sha256"].to_pylist() if digest),
+        _own_hashes(metadata) if settings.hash_bits >= 0 else None,
+        frozenset(line for own in captions for line in own if line),
+    )
+    seen = audit_pass.look(pool, sought, "audit")
+    pool_unknown = {"pool_bytes": seen.unknown_bytes}
+    bits = None
+    if sought.hashes is not None:
+        pool_unknown["pool_hash"] = seen.unknown_hashes
+        none = seen.unknown_hashes == pool.num_rows or not phash.telling(sought.hashes[0]).any()
+        bits = None if none else seen.bits
     found = []
     for i, (name, test) in enumerate(tests.items()):
-        exact = np.array([digest in seen for digest in metadata[i]["sha256"].to_pylist()], bool)
+        exact = np.array([digest in seen.digests for digest in metadata[i]["sha256"].to_pylist()], bool)
         own_bits = None if bits is None or "phash" not in metadata[i].column_names else np.split(bits, ends)[i]
-        unknown = {**pool_unknown, "test_bytes": _num_unknown(metadata[i], "sha256")}
+        unknown = {**pool_unknown, "test_bytes": num_unknown(metadata[i], "sha256")}
         if settings.hash_bits >= 0:
-            unknown["test_hash"] = _num_unknown(metadata[i], "phash")
+            unknown["test_hash"] = num_unknown(metadata[i], "phash")
         found.append(
-            Target(name, test, metadata[i], np.split(similarity[:, 0], ends)[i], np.split(row_ids[:, 0], ends)[i],
-                   exact, own_bits, np.split(hash_rows, ends)[i], unknown, captions[i], thresholds.get(name))
+            Target(name, test, metadata[i], np.split(seen.similarity, ends)[i], np.split(seen.nearest, ends)[i],
+                   exact, own_bits, np.split(seen.hash_nearest, ends)[i], unknown,
+                   _captions(captions[i], seen.captions), thresholds.get(name))
         )  # fmt: skip
     return found
 
 
-def _blocks(embeddings: EmbeddingSet) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for part in embeddings.parts:
-        if part.num_rows:
-            yield np.asarray(embeddings.images(part.number)), schema.row_ids(part.number, part.num_rows)
-
-
-# --- bytes, hashes, captions -----------------------------------------------------------------------------
-
-
-def _seen_bytes(pool: EmbeddingSet, metadata: list[pa.Table]) -> tuple[set[str], dict[str, int]]:
-    """Return the image hashes of the test sets that occur in the pool, and how many of its rows have none."""
-    wanted = pa.array(sorted({h for table in metadata for h in table["sha256"].to_pylist() if h}), pa.string())
-    seen: set[str] = set()
-    unknown = 0
-    for part in pool.parts:
-        table = pool.metadata(part.number, ["sha256"])
-        unknown += _num_unknown(table, "sha256")
-        seen.update(table["sha256"].filter(pc.is_in(table["sha256"], wanted)).to_pylist())
-    return seen - {None, ""}, {"pool_bytes": unknown}
-
-
-def _num_unknown(table: pa.Table, name: str) -> int:
-    """Count rows that lack a value; imported embeddings have the sha256 ""."""
-    if name not in table.column_names:
-        return int(table.num_rows)
-    column = table[name]
-    return int(column.null_count + (pc.sum(pc.equal(column, "")).as_py() or 0 if name == "sha256" else 0))
-
-
-def _hashes(pool: EmbeddingSet, metadata: list[pa.Table]) -> tuple[np.ndarray | None, np.ndarray, int]:
-    """Return (n,) bits to the nearest hash of the pool over all test sets, its row ids, and pool rows without hash.
-
-    The first is None where one side has no hashes at all.
-    """
+def _own_hashes(metadata: list[pa.Table]) -> tuple[np.ndarray, np.ndarray]:
+    """(q,) int64 perceptual hashes of all test images, and of their mirror images."""
     own, mirrored = (
-        np.concatenate([_integers(table, name) for table in metadata]) for name in ("phash", "phash_flipped")
+        np.concatenate([integers(table, name) for table in metadata]) for name in ("phash", "phash_flipped")
     )
-    unknown = 0
-
-    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        nonlocal unknown
-        for part in pool.parts:
-            table = pool.metadata(part.number, ["row_id", "phash"])
-            unknown += _num_unknown(table, "phash")
-            yield _integers(table, "phash"), table["row_id"].to_numpy()
-
-    bits, rows = phash.nearest_hashes(own, mirrored, blocks())
-    none = unknown == pool.num_rows or not phash.telling(own).any()
-    return None if none else bits, rows, unknown
+    return own, mirrored
 
 
-def _integers(table: pa.Table, name: str) -> np.ndarray:
-    """(n,) int64; 0, which tells nothing, where a value is not known."""
-    if name not in table.column_names:
-        return np.zeros(table.num_rows, np.int64)
-    return np.array(table[name].fill_null(0).to_numpy(), np.int64)
+# --- captions --------------------------------------------------------------------------------------------
 
 
-def normalised(caption: str) -> str:
-    """Put case, punctuation and spacing aside."""
-    return " ".join(words(caption))
+def _own_captions(table: pa.Table) -> list[str]:
+    """n captions of a test set, "" where an image has none of its own."""
+    texts = ["" if text is None else text for text in table["caption"].to_pylist()]
+    own = _own(texts, table["class_name"].to_pylist())
+    return [text if ours else "" for text, ours in zip(texts, own.tolist(), strict=True)]
 
 
-def _captions(pool: EmbeddingSet, metadata: list[pa.Table]) -> list[Captions | None]:
-    """Look for the test sets' own captions in the pool, in one pass over its captions."""
-    texts = [["" if text is None else text for text in table["caption"].to_pylist()] for table in metadata]
-    own = [_own(lines, table["class_name"].to_pylist()) for lines, table in zip(texts, metadata, strict=True)]
-    wanted = {line for lines, mask in zip(texts, own, strict=True) for line, ours in zip(lines, mask, strict=True)
-              if ours}  # fmt: skip
-    if not wanted:
-        return [None] * len(metadata)
-    plain = {normalised(line) for line in wanted}
-    seen: set[str] = set()
-    for part in pool.parts:
-        column = pool.metadata(part.number, ["caption"]).column("caption").to_pylist()
-        for line in column:
-            if line and (line in wanted or normalised(line) in plain):
-                seen.add(line)
-    seen_plain = {normalised(line) for line in seen}
-    return [
-        Captions(
-            mask,
-            mask & np.array([line in seen for line in lines], bool),
-            mask & np.array([normalised(line) in seen_plain for line in lines], bool),
-        )
-        if mask.any()
-        else None
-        for lines, mask in zip(texts, own, strict=True)
-    ]
+def _captions(own: list[str], seen: frozenset[str]) -> Captions | None:
+    """Which of n own captions are among those of the pool that equal a sought one; None without own captions."""
+    if not any(own):
+        return None
+    plain = {normalised(line) for line in seen}
+    return Captions(
+        np.array([bool(line) for line in own], bool),
+        np.array([bool(line) and line in seen for line in own], bool),
+        np.array([bool(line) and normalised(line) in plain for line in own], bool),
+    )
 
 
 def _own(captions: list[str], class_names: list[str | None]) -> np.ndarray:
@@ -227,7 +174,9 @@ def _thresholds(settings: AuditSettings, tests: dict[str, EmbeddingSet]) -> dict
         reference = EmbeddingSet.open(settings.reference)
         for name, test in tests.items():
             check_same_encoder(reference.encoder, test.encoder, (f"reference {reference.uri}", f"test set {name}"))
-        return {name: nearest(test.all_images(), _blocks(reference), 1)[0][:, 0] for name, test in tests.items()}
+        rows = [test.all_images() for test in tests.values()]
+        tau = audit_pass.look(reference, Sought(np.concatenate(rows)), "reference").similarity
+        return dict(zip(tests, np.split(tau, np.cumsum([len(block) for block in rows])[:-1]), strict=True))
     files = per_test(settings.thresholds, settings, "--thresholds")
     return {name: _read_thresholds(uri, tests[name]) for name, uri in files.items()}
 
