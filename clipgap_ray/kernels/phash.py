@@ -103,6 +103,13 @@ def nearer(
     """Merge what `nearest_hashes` found among two disjoint sets of rows: fewer bits win, of as many the lower row id.
 
     Blocks of rising row ids in one call give the same: there the first row of as many bits stays.
+
+    Args:
+        first: (q,) int64 bits and (q,) int64 row ids.
+        second: (q,) likewise.
+
+    Returns:
+        (q,) int64 bits and (q,) int64 row ids.
     """
     bits, rows = first
     other_bits, other_rows = second
