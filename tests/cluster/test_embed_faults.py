@@ -22,7 +22,7 @@ from tests.driver import Driver, ray_folder, until
 from tests.two_nodes import TwoNodes
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-ROUNDS = 3
+ROUNDS = 2
 MODEL = "timm:vit_tiny_patch16_224.augreg_in21k"  # random weights: some seconds for 600 rows
 LIMIT_S = 400.0
 

@@ -23,10 +23,12 @@ def text_of(data: bytes) -> str:
 
 
 def _stream(body: bytes) -> bytes:
-    found = re.search(rb"stream\r?\n(.*?)\r?\nendstream", body, re.DOTALL)
+    """Its length is given: looking for its end would take a last byte that happens to be a line's end for one."""
+    found = re.search(rb"/Length (\d+)\b.*?>>\s*stream\r?\n", body, re.DOTALL)
     if found is None or b"/Image" in body or b"/FontFile" in body or b"/Length1" in body:
         return b""
-    return zlib.decompress(found[1]) if b"/FlateDecode" in body else found[1]
+    data = body[found.end() : found.end() + int(found[1])]
+    return zlib.decompress(data) if b"/FlateDecode" in body else data
 
 
 def _letters(objects: dict[int, bytes], font: bytes) -> dict[int, str]:

@@ -46,7 +46,7 @@ def test_cells_of_one_run_change_no_others_and_no_text() -> None:
     before, table, after = changed.replace(fault_table.END, fault_table.BEGIN).split(fault_table.BEGIN)
     assert page.startswith(before)
     assert page.endswith(after)
-    assert "The service: a replica" in after
+    assert "comes back with its store" in after
     cells, old = fault_table.cells_in(table), fault_table.cells_in(page.split(fault_table.BEGIN)[1])
     assert {key for key in cells if cells[key] != old.get(key)} == {("score", "worker"), ("score", "flood")}
 
