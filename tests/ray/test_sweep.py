@@ -30,7 +30,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_two_at_a_time_are_the_two_by_themselves(words: dict[str, Any], tmp_path: Path) -> None:
-    runs = [TrainSettings(**words, out=str(tmp_path / f"s{seed}"), seed=seed) for seed in range(3)]
+    runs = [TrainSettings(**words, out=str(tmp_path / f"s{seed}"), seed=seed) for seed in range(2)]
     sweep.run(runs, side_by_side=2)
     times = [[(tmp_path / f"s{i}" / name).stat().st_mtime for name in ("params.json", "checkpoint.pt")] for i in (0, 1)]
     assert max(started for started, _ in times) < min(ended for _, ended in times)  # they were at work together
@@ -38,7 +38,7 @@ def test_two_at_a_time_are_the_two_by_themselves(words: dict[str, Any], tmp_path
     train.run(TrainSettings(**words, out=str(alone), seed=1))
     expected, found = weights(alone), weights(tmp_path / "s1")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert not torch.equal(weights(tmp_path / "s0")["logit_scale"], weights(tmp_path / "s2")["logit_scale"])
+    assert not torch.equal(weights(tmp_path / "s0")["logit_scale"], found["logit_scale"])
     sweep.run(runs, side_by_side=2)
     assert [(tmp_path / f"s{i}" / "checkpoint.pt").stat().st_mtime for i in (0, 1)] == [ended for _, ended in times]
 
