@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clipgap_ray import blocklist, filesystems, rundir, schema, store
+from clipgap_ray import blocklist, rundir, schema, store
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import DataError
 
@@ -53,7 +53,7 @@ def publish_growing(uri: str, manifest: dict[str, Any]) -> None:
 
 def close_growing(uri: str) -> None:
     """Take back what `publish_growing` wrote: the index is complete."""
-    _remove(store.join(uri, GROWING))
+    store.remove(store.join(uri, GROWING))
 
 
 def write_excluded(uri: str, row_ids: np.ndarray) -> None:
@@ -67,15 +67,7 @@ def write_excluded(uri: str, row_ids: np.ndarray) -> None:
     if len(row_ids):
         store.write_bytes(path, store.array_bytes(np.unique(np.asarray(row_ids, np.int64))))
         return
-    _remove(path)
-
-
-def _remove(uri: str) -> None:
-    if not store.exists(uri):
-        return
-    fs, inside = filesystems.filesystem(uri)
-    with contextlib.suppress(FileNotFoundError):  # removed by an attempt whose answer was lost
-        filesystems.patiently(uri, lambda: fs.rm_file(inside))
+    store.remove(path)
 
 
 def hide_rows(uri: str, listed: str) -> int:

@@ -15,8 +15,8 @@ import numpy as np
 
 from clipgap_ray.errors import ConfigError
 from clipgap_ray.kernels import shift
-from clipgap_ray.reporting.study import Predictions, Study, aligned
-from clipgap_ray.reporting.tables import Arm, arms
+from clipgap_ray.reporting.study import Study
+from clipgap_ray.reporting.tables import Arm, arms, outcomes
 
 
 def ordered(names: list[str], first: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -59,20 +59,6 @@ def of_test(study: Study, test: str) -> tuple[str, ...]:
         raise ConfigError(f"{test}: {error.message}", hint="see --groups") from None
 
 
-def mean_predictions(study: Study, arm: Arm, test: str) -> tuple[Predictions, np.ndarray, int] | None:
-    """Return the predictions of an arm's first seed on the n photos of all seeds, (n,) float64 share of seeds that are
-    right, and the number of seeds; None without predictions.
-
-    Raises:
-        DataError: If the seeds share no photo.
-    """
-    found = [p for run in arm.runs if (p := study.predictions(run.name, test)) is not None]
-    if not found:
-        return None
-    first, outcomes = aligned(found, f"{study.path('eval')}: the seeds of {arm.label} on {test}")
-    return first, outcomes.mean(axis=0), len(found)
-
-
 def counted(study: Study, arm: Arm, test: str) -> tuple[shift.GroupCounts, int] | None:
     """Count an arm's photos of every group, and its seeds; None without predictions. Photos of no group are left out.
 
@@ -81,13 +67,13 @@ def counted(study: Study, arm: Arm, test: str) -> tuple[shift.GroupCounts, int] 
     Raises:
         DataError: If the seeds share no photo.
     """
-    found = mean_predictions(study, arm, test)
+    found = outcomes(study, arm, test)
     if found is None:
         return None
-    predictions, rate, num_seeds = found
+    predictions, right = found
     kept = np.nonzero(np.array(predictions.groups) != "")[0]
     classes, names = ([values[i] for i in kept] for values in (predictions.classes, predictions.groups))
-    return shift.count(classes, names, rate[kept]), num_seeds
+    return shift.count(classes, names, right.mean(axis=0)[kept]), len(right)
 
 
 def comparable(counts: shift.GroupCounts, pair: tuple[str, str]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from clipgap_ray.kernels import intervals
-from clipgap_ray.reporting.study import Run, Study, aligned, positions
+from clipgap_ray.reporting.study import Predictions, Run, Study, aligned, positions
 
 Record = dict[str, Any]
 
@@ -69,17 +69,21 @@ def base_arm(study: Study, like: Arm | None = None) -> Arm | None:
     return found[0] if found else None
 
 
-def correct(study: Study, arm: Arm, test: str) -> tuple[np.ndarray, list[str]] | None:
-    """Return (s, n) bool per seed and image that all seeds have, and n uids; None when no run has predictions.
+def outcomes(study: Study, arm: Arm, test: str) -> tuple[Predictions, np.ndarray] | None:
+    """Return an arm's predictions of its first seed on the n images that all seeds have, and (s, n) bool per seed and
+    image; None when no run has predictions.
 
     Raises:
         DataError: If the seeds share no image.
     """
     found = [p for run in arm.runs if (p := study.predictions(run.name, test)) is not None]
-    if not found:
-        return None
-    first, outcomes = aligned(found, f"{study.path('eval')}: the seeds of {arm.label} on {test}")
-    return outcomes, first.uids
+    return aligned(found, f"{study.path('eval')}: the seeds of {arm.label} on {test}") if found else None
+
+
+def correct(study: Study, arm: Arm, test: str) -> tuple[np.ndarray, list[str]] | None:
+    """Return the (s, n) outcomes of an arm, and the n uids; see `outcomes`."""
+    found = outcomes(study, arm, test)
+    return None if found is None else (found[1], found[0].uids)
 
 
 # --- the main table --------------------------------------------------------------------------------------

@@ -87,9 +87,11 @@ def _tests(settings: AgreementSettings) -> tuple[str, ...]:
 def _compare(settings: AgreementSettings, pairs: Pairs, test: str) -> dict[str, Any]:
     """Everything about one test set: two passes over the buckets, then the rows in the bands of the cuts."""
     edges = {(side, column): ranks.grid(pairs.samples[side, test, column]) for side in (0, 1) for column in COLUMNS}
-    counts = _add(list(pairs.each(partial(_count, pairs, test, edges))))
+    counts = _add(list(pairs.each(partial(_count, pairs, test, edges), f"count {test}")))
     cuts = _cuts(settings, pairs, test, edges, counts)
-    chunks = sorted(pairs.each(partial(_place, pairs, test, edges, counts, cuts)), key=lambda chunk: chunk[0])
+    chunks = sorted(
+        pairs.each(partial(_place, pairs, test, edges, counts, cuts), f"place {test}"), key=lambda chunk: chunk[0]
+    )
     result: dict[str, Any] = {"test": test}
     for at, column in enumerate(COLUMNS):
         both = counts[0, column], counts[1, column]

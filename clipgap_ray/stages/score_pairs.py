@@ -21,7 +21,7 @@ import contextlib
 import io
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.errors import ConfigError, DataError
 from clipgap_ray.kernels import splits, subsets
 from clipgap_ray.kernels.vectors import error_bound
+from clipgap_ray.stages.progress import Progress
 from clipgap_ray.stages.waits import each_part
 
 GROUP_ROWS = BUCKET_ROWS = 1 << 20
@@ -43,6 +44,7 @@ BUCKET_SEED, SAMPLE_SEED = 11, 12
 SIDES = ("first", "second")
 COLUMNS = ("m", "margin")
 
+T = TypeVar("T")
 R = TypeVar("R")
 
 
@@ -131,11 +133,16 @@ class Pairs:
         table = store.read_table(self.path(side, "rows", bucket))
         return table.column("row_id").to_numpy(), table.column("at").to_numpy()
 
-    def each(self, work: Callable[[list[int]], R]) -> Iterator[R]:
-        """Yield what `work` makes of lists of buckets, in any order: here for small pools, by Ray tasks for large."""
+    @property
+    def num_rows(self) -> int:
+        """Rows of the larger pool."""
+        return max(run.num_rows for run in self.runs)
+
+    def each(self, work: Callable[[list[int]], R], name: str) -> Iterator[R]:
+        """Yield what `work` makes of lists of buckets, in any order; `name` is that of the progress line."""
         count = min(self.num_buckets, CHUNKS)
         chunks = [chunk.tolist() for chunk in np.array_split(np.arange(self.num_buckets), count)]
-        yield from each_part(work, chunks, max(run.num_rows for run in self.runs))
+        yield from _shown(name, work, chunks, self.num_rows)
 
     def remove(self) -> None:
         """Remove the files of the buckets."""
@@ -144,6 +151,15 @@ class Pairs:
         if filesystems.is_local(self.out):
             with contextlib.suppress(OSError):
                 os.rmdir(filesystems.filesystem(self.out)[1])
+
+
+def _shown(name: str, work: Callable[[T], R], items: list[T], num_rows: int) -> Iterator[R]:
+    """`each_part` with a progress line: in this process for small pools, by Ray tasks for large ones."""
+    progress = Progress(f"agreement, {name}", len(items), "tasks")
+    for result in each_part(work, items, num_rows):
+        yield result
+        progress.advance()
+    progress.close()
 
 
 def packed(table: pa.Table) -> np.ndarray:
@@ -185,24 +201,25 @@ def pair(scores: tuple[str, str], tests: tuple[str, ...], out: str) -> Pairs:
         ConfigError: If a run scores no row.
     """
     runs = (open_run(scores[0], tests), open_run(scores[1], tests))
-    num_rows = max(run.num_rows for run in runs)
-    pairs = Pairs(out, runs, tests, max(1, -(-num_rows // BUCKET_ROWS)), (0, 0), 0, {})
+    pairs = Pairs(out, runs, tests, 1, (0, 0), 0, {})
+    num_rows = pairs.num_rows
+    pairs = replace(pairs, num_buckets=max(1, -(-num_rows // BUCKET_ROWS)))
     pairs.remove()
     groups = [(side, number, names) for side, run in enumerate(runs) for number, names in enumerate(_groups(run))]
     scored = [0, 0]
-    for side, count in each_part(partial(_deal, pairs), groups, num_rows):
+    for side, count in _shown("deal", partial(_deal, pairs), groups, num_rows):
         scored[side] += count
     empty = [run.uri for run, count in zip(runs, scored, strict=True) if not count]
     if empty:
         raise ConfigError(f"{empty[0]} scores no pool row: there is nothing to compare")
     counts = [sum(group[0] == side for group in groups) for side in (0, 1)]
     work = partial(_match, pairs, counts, min(1.0, SAMPLE / num_rows))
-    found = sorted(each_part(work, list(range(pairs.num_buckets)), num_rows), key=lambda one: one[0])
+    found = sorted(_shown("match", work, list(range(pairs.num_buckets)), num_rows), key=lambda one: one[0])
     for side, number, _ in groups:
         store.remove(pairs.path(side, "group", number))
     first, second, common = np.array([counted for _, counted, _ in found]).sum(axis=0).tolist()
     samples = {key: np.concatenate([sample[key] for *_, sample in found]) for key in found[0][2]}
-    return Pairs(out, runs, tests, pairs.num_buckets, (first, second), common, samples)
+    return replace(pairs, num_uids=(first, second), num_common=common, samples=samples)
 
 
 def _groups(run: ScoreRun) -> list[tuple[str, ...]]:

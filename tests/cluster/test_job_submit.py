@@ -5,7 +5,6 @@ import json
 import secrets
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.shards import write_tar
 from tests import local_head
 from tests.local_head import RAY, ROOT, SECRET
+from tests.waiting import until
 
 pytestmark = pytest.mark.cluster
 
@@ -82,10 +82,7 @@ def test_a_job_that_is_stopped_goes_on_when_it_is_submitted_again(head, tmp_path
     words += ["--batch-size", "4", "--num-samples", str(4 * steps), "--warmup", "2", "--checkpoint-every", "20"]
     words += ["--out", str(out)]
     assert _submit(head, *words, options=("--no-wait", "--submission-id", "stopped")).returncode == 0
-    deadline = time.monotonic() + 120
-    while not list(out.glob("train/checkpoint_*")):
-        assert time.monotonic() < deadline, _job(head, "logs", "stopped").stdout[-3000:]
-        time.sleep(0.2)
+    until(lambda: list(out.glob("train/checkpoint_*")), "the first checkpoint", seconds=120)
     stopped = _job(head, "stop", "stopped")
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     assert "was stopped" in _job(head, "status", "stopped").stdout

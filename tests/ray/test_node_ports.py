@@ -60,7 +60,7 @@ def test_a_node_that_does_not_answer_is_named(ray_session: None, monkeypatch: py
         raise ImportError("no clipgap_ray here")
 
     def hangs() -> None:
-        time.sleep(600)
+        time.sleep(600)  # until it is cancelled, after LOOK_S
 
     monkeypatch.setattr(node_ports, "LOOK_S", 5.0)
     for look in (fails, hangs):
