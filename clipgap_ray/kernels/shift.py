@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 from scipy.special import logit
 
 from clipgap_ray.kernels import intervals
@@ -187,7 +188,7 @@ def change(
 
     Returns:
         `num_photos`; `drop_change_pp`, the balanced drop after minus before, with `interval_pp` over classes and
-        photos; `unbalanced_change_pp` with `unbalanced_interval_pp` over photos.
+        photos and its standard error `se_pp`; `unbalanced_change_pp` with `unbalanced_interval_pp` over photos.
 
     Raises:
         ValueError: If a group is missing or no class has photos in both.
@@ -217,9 +218,66 @@ def change(
         "num_photos": int(totals.sum()),
         "drop_change_pp": float(drop_pp((sums / totals).mean(axis=0))),
         "interval_pp": intervals.percentile_interval(drop_pp(two_stage)).tolist(),
+        "se_pp": float(drop_pp(two_stage).std(ddof=1)),
         "unbalanced_change_pp": float(drop_pp(sums.sum(axis=0) / totals.sum(axis=0))),
         "unbalanced_interval_pp": intervals.percentile_interval(drop_pp(pooled)).tolist(),
     }
+
+
+def change_over_trainings(
+    classes: Sequence[str],
+    groups: Sequence[str],
+    before: np.ndarray,
+    after: np.ndarray,
+    rng: np.random.Generator,
+    pair: Sequence[str] = PAIR,
+    draws: int = 2000,
+) -> dict[str, Any]:
+    """Compare the drops of models of two training sets, each trained with one or more seeds, on the same photos.
+
+    Besides photos and classes (`change`, on the means over seeds) the seeds are luck; variances are added, as in
+    `intervals.paired_drop`, which is on the safe side.
+
+    Args:
+        classes: n class names.
+        groups: n group names.
+        before: (s, n) bool, correct per seed and photo after training on the first set.
+        after: (t, n) bool, likewise on the second.
+        rng: For the bootstraps.
+        pair: The group expected to be easy, then the hard one.
+        draws: Bootstrap samples.
+
+    Returns:
+        `num_photos`, `change_pp` (the second set's balanced drop minus the first's), `low_pp` and `high_pp` (normal,
+        95 %), `se_photos_pp` (over classes and photos), `se_seeds_pp` (None where a side has one seed).
+
+    Raises:
+        ValueError: If a group is missing or no class has photos in both.
+    """
+    means = [np.asarray(side, np.float64).mean(axis=0) for side in (before, after)]
+    found = change(classes, groups, means[0], means[1], rng, pair, draws)
+    variances = []
+    for side in (before, after):
+        drops = [balanced_drop_pp(count(classes, groups, seed), pair) for seed in side]
+        variances.append(np.var(drops, ddof=1) / len(drops) if len(drops) > 1 else np.nan)
+    se_seeds = float(np.sqrt(sum(variances)))
+    reach = stats.norm.ppf((1 + intervals.CONFIDENCE) / 2) * np.sqrt(np.nansum([found["se_pp"] ** 2, se_seeds**2]))
+    value = found["drop_change_pp"]
+    return {
+        "num_photos": found["num_photos"],
+        "change_pp": value,
+        "low_pp": value - float(reach),
+        "high_pp": value + float(reach),
+        "se_photos_pp": found["se_pp"],
+        "se_seeds_pp": _number(se_seeds),
+    }
+
+
+def balanced_drop_pp(counts: GroupCounts, pair: Sequence[str] = PAIR) -> float:
+    """Return the mean over classes, of those that have both groups, of the drop in points; NaN without such a class."""
+    drops, _ = class_drops(counts, pair)
+    known = drops[np.isfinite(drops)]
+    return 100 * float(known.mean()) if len(known) else float("nan")
 
 
 def log_odds_drop(hits: np.ndarray, totals: np.ndarray) -> float:

@@ -23,7 +23,8 @@ from typing import Any
 from clipgap_ray.kernels import intervals
 from clipgap_ray.kernels.neighbours import OTHER, WRONG
 from clipgap_ray.kernels.shift import PAIR
-from clipgap_ray.reporting.tables import Record
+from clipgap_ray.reporting import causal
+from clipgap_ray.reporting.tables import Record, lookup
 
 HOLDS, FAILS, OPEN, MISSING = "holds", "fails", "open", "not measured"
 SUPPORTED, CONTRADICTED, IN_PART, UNDECIDED = "supported", "contradicted", "in part", "undecided"
@@ -115,11 +116,14 @@ class Prediction:
         return self.judge(low, high) if math.isfinite(low) and math.isfinite(high) else OPEN
 
 
-def table(joins: list[Record], commands: dict[str, Record], selections: dict[str, Record]) -> list[Record]:
+def table(
+    joins: list[Record], trials: list[Record], commands: dict[str, Record], selections: dict[str, Record]
+) -> list[Record]:
     """Hold every hypothesis against what is stored, for the first CLIP on every test set with groups.
 
     Args:
         joins: The report's own joins (`joined.joins`).
+        trials: What training on an equalised pool did (`causal.trials`); a study without one is not held against it.
         commands: Results of `clipgap join` by name (`found.joins`).
         selections: Results of `clipgap discover` by name; they name no test set, so they stand beside the first one.
 
@@ -134,7 +138,7 @@ def table(joins: list[Record], commands: dict[str, Record], selections: dict[str
         pair: list[str] = base["groups"]
         difference = "the background" if tuple(pair) == PAIR else "what the groups differ in"
         hypotheses = {
-            "exposure": _exposure(base),
+            "exposure": _exposure(base) + _trial(trials, test),
             "shortcut": _shortcut(base, commands),
             "caption": [_neighbours(commands, test, pair, WRONG)],
             "foreground": [_foreground(commands, test, pair)],
@@ -178,6 +182,16 @@ def _exposure(base: Record) -> list[Prediction]:
         ),
         _part(base, "residual", "nothing of the drop remains at equal similarity", about_zero),
     ]
+
+
+def _trial(trials: list[Record], test: str) -> list[Prediction]:
+    """The causal arm, where a study has one: training on an equalised pool lowers the drop, against its control."""
+    found, control = causal.effect(trials, test), lookup(trials, test=test, role=causal.CONTROL)
+    if found is None or control is None:
+        return []
+    quantity = f"by how much, of the control's drop of {control['drop_pp']:.1f}".replace("-", "−")
+    judge = partial(above, whole=control["drop_pp"])
+    return [Prediction("training on an equalised pool lowers the drop", quantity, "points", found, judge)]
 
 
 def _shortcut(base: Record, commands: dict[str, Record]) -> list[Prediction]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clipgap_ray.reporting import (
+    causal,
     density,
     fewshot,
     found,
@@ -45,6 +46,7 @@ class Numbers:
     prompts: list[Record]
     exposure: list[Record]
     joins: list[Record]
+    trials: list[Record]
     hypotheses: list[Record]
     fewshot: list[Record]
     training: list[Record]
@@ -89,6 +91,7 @@ class Numbers:
             "group_drop_and_similarity_per_class": [
                 {"test": r["test"], "arm": r["arm"], **row} for r in self.joins for row in r["classes"]
             ],
+            "equalised_pool": self.trials,
             "hypotheses": self.hypotheses,
             "fewshot_curves": self.fewshot,
             "training_curves": self.training,
@@ -113,6 +116,8 @@ def compute(study: Study, bin_width: float, draws: int, seed: int) -> Numbers:
     accuracy = tables.accuracy(study)
     per_image, per_class = similarity.removed(study)
     drops = joined.joins(study, draws, seed)
+    shifts = tables_groups.group_shift(study, draws, seed)
+    trials = causal.trials(study, shifts, drops, draws, seed)
     return Numbers(
         accuracy=accuracy,
         closeness=similarity.closeness(study),
@@ -126,13 +131,14 @@ def compute(study: Study, bin_width: float, draws: int, seed: int) -> Numbers:
         density=density.neighbour_curves(study),
         removed_per_image=per_image,
         removed_per_class=per_class,
-        groups=tables_groups.group_shift(study, draws, seed),
+        groups=shifts,
         group_accuracy=tables_groups.group_accuracy(study),
         variants=variants.of_study(study, draws, seed),
         prompts=prompts.asked_with(study),
         exposure=similarity.exposure(study),
         joins=drops,
-        hypotheses=hypotheses.table(drops, found.joins(study), found.selections(study)),
+        trials=trials,
+        hypotheses=hypotheses.table(drops, trials, found.joins(study), found.selections(study)),
         fewshot=fewshot.curves(study),
         training=tables.training_curves(study),
         planted=planted.planted(study),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from clipgap_ray.reporting import conclusions as say
 from clipgap_ray.reporting import (
+    causal,
     density,
     fewshot,
     figures,
@@ -18,6 +18,7 @@ from clipgap_ray.reporting import (
     sections_robustness,
     sections_shift,
 )
+from clipgap_ray.reporting import conclusions as say
 from clipgap_ray.reporting.layout import Plot, Section, Table
 from clipgap_ray.reporting.numbers import Numbers
 from clipgap_ray.reporting.study import Study
@@ -41,6 +42,7 @@ def build(study: Study, numbers: Numbers, pictures: galleries.Thumbnails, galler
         *sections_shift.sections(study, numbers),
         *([sections_groups.asked(numbers)] if numbers.variants else []),
         sections_groups.join(numbers),
+        *([causal.section(numbers.trials)] if numbers.trials else []),
         *([sections_groups.hypotheses(numbers)] if numbers.hypotheses else []),
         *sections_found.build(study, numbers),
         _training(numbers),

@@ -62,9 +62,11 @@ def chosen(
     return {"": {"by": "full", "models": {"full": own}, "matrix": matrix}}
 
 
-def judged(hypothesis: str, joins: Any = None, commands: Any = None, selections: Any = None) -> tuple[str, list[str]]:
+def judged(
+    hypothesis: str, joins: Any = None, commands: Any = None, selections: Any = None, trials: Any = None
+) -> tuple[str, list[str]]:
     """The verdict of a hypothesis and the outcomes of its predictions."""
-    records = hypotheses.table(joins or [base()], commands or {}, selections or {})
+    records = hypotheses.table(joins or [base()], trials or [], commands or {}, selections or {})
     own = [r for r in records if r["hypothesis"] == hypothesis]
     assert len({r["verdict"] for r in own}) == 1
     return own[0]["verdict"], [r["outcome"] for r in own]
@@ -216,7 +218,7 @@ def test_selection(selections: Any, expected: str) -> None:
 def test_the_table_names_numbers_and_the_first_clip_of_every_test_set() -> None:
     supervised = {**base(), "arm": "supervised", "supervised": True}
     second = {**SHORTCUT, "test": "birds", "arm": "full"}
-    records = hypotheses.table([supervised, base(), second], ELSEWHERE, chosen(30, (4, -2, 10)))
+    records = hypotheses.table([supervised, base(), second], [], ELSEWHERE, chosen(30, (4, -2, 10)))
     assert [r["arm"] for r in records] == ["full"] * len(records)
     assert list(dict.fromkeys(r["test"] for r in records)) == ["animals", "birds"]
     share = next(r for r in records if r["hypothesis"] == "shortcut" and "other background" in r["quantity"])
@@ -225,4 +227,4 @@ def test_the_table_names_numbers_and_the_first_clip_of_every_test_set() -> None:
     assert share["quantity"].endswith("(full-s0)")
     on_birds = [r["verdict"] for r in records if r["test"] == "birds" and r["hypothesis"] == "selection"]
     assert on_birds == [f"not measured: {hypotheses.RUN_DISCOVER}"], "a selection stands beside one test set only"
-    assert hypotheses.table([], ELSEWHERE, {}) == []
+    assert hypotheses.table([], [], ELSEWHERE, {}) == []

@@ -139,3 +139,45 @@ def test_means_over_seeds_count_as_parts_of_a_photo() -> None:
     counts = shift.count(["a", "a", "a"], ["x", "x", "y"], np.array([0.5, 1.0, 0.25]))
     assert counts.hits.tolist() == [[1.5, 0.25]]
     assert counts.totals.tolist() == [[2, 1]]
+
+
+def test_seeds_are_luck_beside_photos_and_classes() -> None:
+    rng = np.random.default_rng(5)
+    classes = [f"c{i}" for i in np.repeat(np.arange(5), 40)]
+    groups = ["common", "counter"] * 100
+    before, after = rng.random((3, 200)) < 0.6, rng.random((2, 200)) < 0.4
+    found = shift.change_over_trainings(classes, groups, before, after, np.random.default_rng(0), draws=500)
+
+    def drop(correct: np.ndarray) -> float:
+        return 100 * float(np.mean([
+            correct[[c == name and g == "common" for c, g in zip(classes, groups, strict=True)]].mean()
+            - correct[[c == name and g == "counter" for c, g in zip(classes, groups, strict=True)]].mean()
+            for name in sorted(set(classes))
+        ]))  # fmt: skip
+
+    drops = [[drop(seed) for seed in side] for side in (before, after)]
+    assert found["change_pp"] == pytest.approx(np.mean(drops[1]) - np.mean(drops[0]))
+    seeds = np.sqrt(np.var(drops[0], ddof=1) / 3 + np.var(drops[1], ddof=1) / 2)
+    assert found["se_seeds_pp"] == pytest.approx(seeds)
+    reach = 1.959964 * np.hypot(found["se_photos_pp"], seeds)
+    assert (found["low_pp"], found["high_pp"]) == pytest.approx(
+        (found["change_pp"] - reach, found["change_pp"] + reach)
+    )
+    one = shift.change_over_trainings(classes, groups, before[:1], after, np.random.default_rng(0), draws=50)
+    assert one["se_seeds_pp"] is None
+    assert one["low_pp"] < one["change_pp"] < one["high_pp"]
+
+
+def test_training_sets_that_do_not_differ_are_found_to_differ_rarely() -> None:
+    """120 pairs of training sets that differ by luck only: their 95 % interval leaves out 0 in a few cases at most."""
+    rng = np.random.default_rng(11)
+    classes = [f"c{i}" for i in np.repeat(np.arange(10), 40)]
+    groups = np.tile(["common", "counter"], 200)
+    misses = 0
+    for _ in range(120):
+        ease = rng.normal(0, 1, 400)  # photos are easy or hard for all models
+        luck = rng.normal(0, 0.3, (6, 1)) * np.where(groups == "common", 0.5, -0.5)  # a seed's own drop
+        correct = rng.random((6, 400)) < 1 / (1 + np.exp(-(ease + luck)))
+        found = shift.change_over_trainings(classes, groups.tolist(), correct[:3], correct[3:], rng, draws=200)
+        misses += not found["low_pp"] <= 0 <= found["high_pp"]
+    assert misses <= 12
