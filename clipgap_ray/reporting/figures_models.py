@@ -187,11 +187,12 @@ def _padded(values: np.ndarray, scale: robustness.Axes) -> tuple[float, float]:
 
 
 def group_bars(results: list[Record], theme: Theme) -> Figure:
-    """Balanced accuracy of two groups, and the drop with its interval over classes beside it; a row per model, or per
-    group that is compared with the base where there are several."""
+    """Balanced accuracy of two groups, and the drop with its interval over classes beside it; a row per model and group
+    that is compared with the base."""
     figure, (left, right) = grid(2, columns=2, height=1.2 + 0.42 * len(results))
     several = len({r["groups"][1] for r in results}) > 1
-    names = [f"{r['groups'][1]} (n = {r['num_images'][r['groups'][1]]:,})" if several else arm_name(r) for r in results]
+    models = len({arm_name(r) for r in results}) > 1
+    names = [" · ".join([arm_name(r)] * (models or not several) + [_group_of(r)] * several) for r in results]
     at = np.arange(len(results))[::-1].astype(float)
     for offset, side, colour in ((0.2, 0, theme.pool), (-0.2, 1, ORANGE)):
         group = [r["groups"][side] for r in results]
@@ -219,6 +220,11 @@ def group_bars(results: list[Record], theme: Theme) -> Figure:
         axis.grid(axis="y", visible=False)
     legend_above(figure, left)
     return figure
+
+
+def _group_of(result: Record) -> str:
+    group = result["groups"][1]
+    return f"{group} (n = {result['num_images'][group]:,})"
 
 
 def class_drop_bars(result: Record, theme: Theme) -> Figure:

@@ -56,3 +56,43 @@ def test_bad_input_names_what_is_missing(tmp_path) -> None:
     store.write_table(str(tmp_path / "p.parquet"), pa.table({"class_name": ["a"], "group": ["x"], "correct": [True]}))
     with pytest.raises(DataError, match="groups are x"):
         shift.run(ShiftSettings(out=str(tmp_path), predictions=(str(tmp_path / "p.parquet"),)))
+
+
+def _three_groups(folder: Path, name: str, right: dict[str, int]) -> str:
+    """10 photos per class and group, of which so many are right; class d has photos outdoors only, in no pair."""
+    rows = [{"class_name": c, "group": g, "correct": i < right[g]} for c in "abc" for g in right for i in range(10)] + [
+        {"class_name": "d", "group": "space", "correct": True},
+        {"class_name": "a", "group": "", "correct": True},
+    ]
+    path = str(folder / f"{name}.parquet")
+    store.write_table(path, pa.Table.from_pylist(rows))
+    return f"{name}={path}"
+
+
+def test_every_group_is_compared_with_the_base(tmp_path) -> None:
+    files = tuple(_three_groups(tmp_path, n, {"day": 9, "dusk": 6, "night": d}) for n, d in (("m", 3), ("n", 1)))
+    shift.run(ShiftSettings(out=str(tmp_path / "o"), predictions=files, groups=("day", "dusk", "night"), draws=50))
+    result = json.loads((tmp_path / "o" / "shift.json").read_text())
+    rows = list(csv.DictReader((tmp_path / "o" / "models.csv").open()))
+    drops = [(r["model"], r["second"], round(float(r["drop_pp"]))) for r in rows]
+    assert drops == [("m", "dusk", 30), ("m", "night", 60), ("n", "dusk", 30), ("n", "night", 80)]
+    assert result["models"]["m"]["further"][0]["drop"]["drop_pp"] == pytest.approx(60)
+    per_class = list(csv.DictReader((tmp_path / "o" / "per_class.csv").open()))
+    assert {(r["first"], r["second"]) for r in per_class} == {("day", "dusk"), ("day", "night")}
+    drawn = (tmp_path / "o" / "shift.svg").read_text()
+    assert all(name in drawn for name in ("m · dusk (n = 30)", "n · night (n = 30)"))
+
+
+def test_without_names_all_groups_are_taken_but_those_that_share_no_class(tmp_path) -> None:
+    files = (_three_groups(tmp_path, "m", {"day": 9, "dusk": 6, "night": 3}),)
+    summary = shift.run(ShiftSettings(out=str(tmp_path / "o"), predictions=files, draws=50))
+    rows = list(csv.DictReader((tmp_path / "o" / "models.csv").open()))
+    assert [(r["first"], r["second"]) for r in rows] == [("day", "dusk"), ("day", "night")]
+    assert summary.extra["warnings"] == ["m: no class has photos of both day and space"]
+    with pytest.raises(DataError, match="no photos of group 'moon'"):
+        shift.run(ShiftSettings(out=str(tmp_path / "p"), predictions=files, groups=("day", "moon"), draws=50))
+    for groups, message in ((("day",), "two different groups"), (("day", "day"), "two different groups")):
+        with pytest.raises(ConfigError, match=message):
+            ShiftSettings.load({"out": "x", "predictions": files, "groups": groups}, "shift")
+    with pytest.raises(ConfigError, match="columns of two"):
+        ShiftSettings.load({"out": "x", "table": str(TABLE), "groups": ("a", "b", "c")}, "shift")
