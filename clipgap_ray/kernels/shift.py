@@ -233,35 +233,40 @@ def change_over_trainings(
     pair: Sequence[str] = PAIR,
     draws: int = 2000,
 ) -> dict[str, Any]:
-    """Compare the drops of models of two training sets, each trained with one or more seeds, on the same photos.
+    """Compare the drops of models of two training sets on the same photos, paired by seed.
 
-    Besides photos and classes (`change`, on the means over seeds) the seeds are luck; variances are added, as in
-    `intervals.paired_drop`, which is on the safe side.
+    Besides photos and classes (`change`, on the means over seeds) the seeds are luck. A seed stands for the initial
+    weights and the order of samples, so what is good or bad about it for both sets cancels; few are left to judge the
+    rest by, hence Student's t with s - 1 degrees of freedom. The squares of both reaches are added, which is on the
+    safe side, since the spread over seeds already holds a part of the photos' noise.
 
     Args:
         classes: n class names.
         groups: n group names.
         before: (s, n) bool, correct per seed and photo after training on the first set.
-        after: (t, n) bool, likewise on the second.
+        after: (s, n) bool, likewise on the second, with the same seeds in the same order.
         rng: For the bootstraps.
         pair: The group expected to be easy, then the hard one.
         draws: Bootstrap samples.
 
     Returns:
-        `num_photos`, `change_pp` (the second set's balanced drop minus the first's), `low_pp` and `high_pp` (normal,
-        95 %), `se_photos_pp` (over classes and photos), `se_seeds_pp` (None where a side has one seed).
+        `num_photos`, `change_pp` (the second set's balanced drop minus the first's), `low_pp` and `high_pp` (95 %),
+        `se_photos_pp` (over classes and photos), `se_seeds_pp` (None for one seed: then photos and classes only).
 
     Raises:
-        ValueError: If a group is missing or no class has photos in both.
+        ValueError: If the numbers of seeds differ, a group is missing or no class has photos in both.
     """
+    num_seeds = len(before)
+    if len(after) != num_seeds:
+        raise ValueError(f"expected the same seeds on both sides: got {num_seeds} and {len(after)}")
     means = [np.asarray(side, np.float64).mean(axis=0) for side in (before, after)]
     found = change(classes, groups, means[0], means[1], rng, pair, draws)
-    variances = []
-    for side in (before, after):
-        drops = [balanced_drop_pp(count(classes, groups, seed), pair) for seed in side]
-        variances.append(np.var(drops, ddof=1) / len(drops) if len(drops) > 1 else np.nan)
-    se_seeds = float(np.sqrt(sum(variances)))
-    reach = stats.norm.ppf((1 + intervals.CONFIDENCE) / 2) * np.sqrt(np.nansum([found["se_pp"] ** 2, se_seeds**2]))
+    reach = stats.norm.ppf((1 + intervals.CONFIDENCE) / 2) * found["se_pp"]
+    se_seeds = None
+    if num_seeds > 1:
+        drops = [[balanced_drop_pp(count(classes, groups, seed), pair) for seed in side] for side in (before, after)]
+        se_seeds = float(np.std(np.diff(drops, axis=0), ddof=1) / np.sqrt(num_seeds))
+        reach = np.hypot(reach, stats.t.ppf((1 + intervals.CONFIDENCE) / 2, num_seeds - 1) * se_seeds)
     value = found["drop_change_pp"]
     return {
         "num_photos": found["num_photos"],
@@ -269,7 +274,7 @@ def change_over_trainings(
         "low_pp": value - float(reach),
         "high_pp": value + float(reach),
         "se_photos_pp": found["se_pp"],
-        "se_seeds_pp": _number(se_seeds),
+        "se_seeds_pp": se_seeds,
     }
 
 

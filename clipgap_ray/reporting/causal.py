@@ -7,6 +7,8 @@ with `match`), which lost the same size and nothing else.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,7 +17,7 @@ from clipgap_ray.kernels import shift
 from clipgap_ray.reporting import conclusions as say
 from clipgap_ray.reporting import groups
 from clipgap_ray.reporting.layout import Plot, Section, Table
-from clipgap_ray.reporting.study import Study, positions
+from clipgap_ray.reporting.study import Run, Study, positions
 from clipgap_ray.reporting.tables import Arm, Record, arms, base_arm, lookup, outcomes
 from clipgap_ray.reporting.theme import ORANGE, Theme, grid
 
@@ -37,7 +39,7 @@ def trials(study: Study, shifts: list[Record], joins: list[Record], draws: int, 
         second, split` (the equalised), `role, arm, rows, num_seeds, num_images`, the balanced drop with its interval,
         `difference` (how much farther the second group lies from what the arm was trained on; None where it was not
         measured) with its interval, `explained_pp` (what the join says of the arm), and `change_*`: the equalised
-        pool's drop minus this arm's, with its interval over classes, photos and seeds (None for itself).
+        pool's drop minus this arm's, paired by photo and seed, with its interval (None for itself).
     """
     records = []
     for split, recipe in study.recipes().items():
@@ -100,12 +102,14 @@ def _measured(drop: Record, join: Record | None) -> Record:
 
 
 def _change(study: Study, arm: Arm, treated: Arm, test: str, draws: int, seed: int) -> Record:
-    """The treated arm's drop minus another's, on the photos that both were evaluated on."""
-    names = ("change_pp", "low_pp", "high_pp", "se_photos_pp", "se_seeds_pp")
-    keys = [name if name.startswith("change") else f"change_{name}" for name in names]
-    found = [outcomes(study, one, test) for one in (arm, treated)]
+    """The treated arm's drop minus another's, on the photos and the seeds that both have."""
+    names = ("num_photos", "change_pp", "low_pp", "high_pp", "se_photos_pp", "se_seeds_pp")
+    keys = {name: name if name.startswith("change") else f"change_{name}" for name in names}
+    ours, theirs = ({run.seed for run in one.runs if study.predictions(run.name, test)} for one in (treated, arm))
+    pairs = [replace(one, runs=tuple(_by_seed(one, ours & theirs))) for one in (arm, treated)]
+    found = [outcomes(study, one, test) for one in pairs]
     if arm == treated or found[0] is None or found[1] is None:
-        return dict.fromkeys(keys)
+        return dict.fromkeys(keys.values())
     (other, before), (own, after) = found[0], found[1]
     at = positions(own.uids, other.uids)
     kept = np.nonzero(at >= 0)[0]
@@ -115,7 +119,11 @@ def _change(study: Study, arm: Arm, treated: Arm, test: str, draws: int, seed: i
     result = shift.change_over_trainings(
         classes, names_of, before[:, at[kept]], after[:, kept], np.random.default_rng(seed), pair, draws
     )
-    return dict(zip(keys, (result[name] for name in names), strict=True))
+    return {key: result[name] for name, key in keys.items()}
+
+
+def _by_seed(arm: Arm, seeds: set[int]) -> list[Run]:
+    return sorted((run for run in arm.runs if run.seed in seeds), key=lambda run: run.seed)
 
 
 def effect(records: list[Record], test: str) -> tuple[float, float, float] | None:
@@ -141,8 +149,11 @@ def section(records: list[Record]) -> Section:
     made.notes = [
         "The equalised pool lost its images that lie nearer to photos of one group than any image may lie to those of "
         "the other, class by class; the control lost as many at random, as many of every class. Drop: balanced over "
-        "classes, 95 % over classes and photos. Difference: paired by photo, 95 % over classes, photos and seeds. "
-        "Explained: the join's account of this model's drop."
+        "classes, 95 % over classes and photos. Equalised − this: paired by photo and seed, 95 % over classes, photos "
+        "and seeds. Explained: the join's account of this model's drop.",
+        "The images that go show what the nearer group shows, so with the distance goes a habit of the pool (a class "
+        "before its usual background). A drop that shrinks says that these images make it, not whether by their "
+        "nearness or by the habit that they teach.",
     ]
     return made
 
@@ -170,17 +181,24 @@ def sentence(records: list[Record]) -> str:
     own = [r for r in records if (r["test"], r["split"]) == (test, split)]
     treated, control = lookup(own, role=EQUALISED), lookup(own, role=CONTROL)
     assert treated is not None  # `trials` begins with an arm of it
-    text = f"Trained on {treated['rows'] or 0:,} images that lie equally near to both groups, CLIP drops "
-    text += f"{say.signed(treated['drop_pp'], '.1f')} points on {test}"
+    text = f"Trained on {treated['rows'] or 0:,} images to which both groups lie about equally near"
+    if treated["difference"] is not None and control is not None and control["difference"] is not None:
+        farther = [say.signed(r["difference"], ".3f") for r in (treated, control)]
+        text += f" ({treated['second']} {farther[0]} farther, {farther[1]} in the control)"
+    text += f", CLIP drops {say.signed(treated['drop_pp'], '.1f')} points on {test}"
     changed = effect(own, test)
     if control is None or changed is None:
         return f"{text}; no control of the same size and classes was trained, so what pruning alone does is unknown."
     value, low, high = changed
     less = "less" if value >= 0 else "more"
     ends = (low, high) if value >= 0 else (-high, -low)
-    verdict = "distance makes a part of the drop" if low > 0 else (
-        "removing the distance does not lower it" if high <= 0 else "that is within what photos and seeds do by chance"
-    )  # fmt: skip
+    nearer = "the images that lie nearer to one group"
+    if low > 0:
+        verdict = f"{nearer} make a part of the drop"
+    elif high <= 0:
+        verdict = f"removing {nearer} does not lower it"
+    else:
+        verdict = "that is within what photos and seeds do by chance"
     text += (
         f", {abs(value):.1f} {say.span(*ends)} {less} than on as many images of the same classes drawn at random "
         f"({say.signed(control['drop_pp'], '.1f')}): {verdict}."

@@ -190,8 +190,7 @@ def _trial(trials: list[Record], test: str) -> list[Prediction]:
     if found is None or control is None:
         return []
     quantity = f"by how much, of the control's drop of {control['drop_pp']:.1f}".replace("-", "−")
-    judge = partial(above, whole=control["drop_pp"])
-    return [Prediction("training on an equalised pool lowers the drop", quantity, "points", found, judge)]
+    return [Prediction("training on an equalised pool lowers the drop", quantity, "points", found, above)]
 
 
 def _shortcut(base: Record, commands: dict[str, Record]) -> list[Prediction]:

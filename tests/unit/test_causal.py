@@ -79,9 +79,9 @@ def test_the_sentence_claims_no_more_than_the_interval(root: Path) -> None:
     records = [dict(r) for r in _trials(root)]
     control = lookup(records, role="control")
     assert control is not None
-    for ends, verdict in (((-9.0, -13.0, -5.0), "distance makes a part of the drop"),
+    for ends, verdict in (((-9.0, -13.0, -5.0), "the images that lie nearer to one group make a part"),
                           ((-3.0, -8.0, 2.0), "within what photos and seeds do by chance"),
-                          ((6.0, 1.0, 11.0), "removing the distance does not lower it")):  # fmt: skip
+                          ((6.0, 1.0, 11.0), "nearer to one group does not lower it")):  # fmt: skip
         control["change_pp"], control["change_low_pp"], control["change_high_pp"] = ends
         text = causal.sentence(records)
         assert verdict in text

@@ -1,6 +1,7 @@
 """Group shift: the golden numbers of counteranimal.md 10.1, items 1 and 2, and hand-made tables."""
 
 import csv
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -141,31 +142,33 @@ def test_means_over_seeds_count_as_parts_of_a_photo() -> None:
     assert counts.totals.tolist() == [[2, 1]]
 
 
-def test_seeds_are_luck_beside_photos_and_classes() -> None:
+def test_seeds_are_luck_beside_photos_and_classes_and_are_paired() -> None:
     rng = np.random.default_rng(5)
     classes = [f"c{i}" for i in np.repeat(np.arange(5), 40)]
     groups = ["common", "counter"] * 100
-    before, after = rng.random((3, 200)) < 0.6, rng.random((2, 200)) < 0.4
+    before, after = rng.random((3, 200)) < 0.6, rng.random((3, 200)) < 0.4
     found = shift.change_over_trainings(classes, groups, before, after, np.random.default_rng(0), draws=500)
 
     def drop(correct: np.ndarray) -> float:
-        return 100 * float(np.mean([
-            correct[[c == name and g == "common" for c, g in zip(classes, groups, strict=True)]].mean()
-            - correct[[c == name and g == "counter" for c, g in zip(classes, groups, strict=True)]].mean()
-            for name in sorted(set(classes))
-        ]))  # fmt: skip
+        cells = {key: [] for key in itertools.product(sorted(set(classes)), ("common", "counter"))}
+        for name, group, right in zip(classes, groups, correct.tolist(), strict=True):
+            cells[name, group].append(right)
+        drops = [np.mean(cells[name, "common"]) - np.mean(cells[name, "counter"]) for name in sorted(set(classes))]
+        return 100 * float(np.mean(drops))
 
-    drops = [[drop(seed) for seed in side] for side in (before, after)]
-    assert found["change_pp"] == pytest.approx(np.mean(drops[1]) - np.mean(drops[0]))
-    seeds = np.sqrt(np.var(drops[0], ddof=1) / 3 + np.var(drops[1], ddof=1) / 2)
+    per_seed = [drop(a) - drop(b) for a, b in zip(after, before, strict=True)]
+    assert found["change_pp"] == pytest.approx(np.mean(per_seed))
+    seeds = np.std(per_seed, ddof=1) / np.sqrt(3)
     assert found["se_seeds_pp"] == pytest.approx(seeds)
-    reach = 1.959964 * np.hypot(found["se_photos_pp"], seeds)
+    reach = np.hypot(1.959964 * found["se_photos_pp"], 4.302653 * seeds)  # Student's t, 2 degrees of freedom
     assert (found["low_pp"], found["high_pp"]) == pytest.approx(
         (found["change_pp"] - reach, found["change_pp"] + reach)
     )
-    one = shift.change_over_trainings(classes, groups, before[:1], after, np.random.default_rng(0), draws=50)
+    one = shift.change_over_trainings(classes, groups, before[:1], after[:1], np.random.default_rng(0), draws=50)
     assert one["se_seeds_pp"] is None
     assert one["low_pp"] < one["change_pp"] < one["high_pp"]
+    with pytest.raises(ValueError, match="same seeds on both sides: got 3 and 2"):
+        shift.change_over_trainings(classes, groups, before, after[:2], rng)
 
 
 def test_training_sets_that_do_not_differ_are_found_to_differ_rarely() -> None:
@@ -176,7 +179,8 @@ def test_training_sets_that_do_not_differ_are_found_to_differ_rarely() -> None:
     misses = 0
     for _ in range(120):
         ease = rng.normal(0, 1, 400)  # photos are easy or hard for all models
-        luck = rng.normal(0, 0.3, (6, 1)) * np.where(groups == "common", 0.5, -0.5)  # a seed's own drop
+        drop = rng.normal(0, 1, (3, 1)) + rng.normal(0, 0.3, (2, 3, 1))  # a seed's own, and what is left to chance
+        luck = drop.reshape(6, 1) * np.where(groups == "common", 0.5, -0.5)
         correct = rng.random((6, 400)) < 1 / (1 + np.exp(-(ease + luck)))
         found = shift.change_over_trainings(classes, groups.tolist(), correct[:3], correct[3:], rng, draws=200)
         misses += not found["low_pp"] <= 0 <= found["high_pp"]
