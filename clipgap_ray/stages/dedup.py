@@ -27,7 +27,7 @@ from clipgap_ray import rundir, schema, store
 from clipgap_ray.config.dedup import DedupSettings
 from clipgap_ray.embeddings import EmbeddingSet
 from clipgap_ray.kernels import duplicates
-from clipgap_ray.stages import edges, partition_check, partitions
+from clipgap_ray.stages import edges, partitions
 from clipgap_ray.stages.dedup_rows import Rows, equal_bytes, ranked, read_rows, stay_order
 from clipgap_ray.stages.keep import keep_path
 from clipgap_ray.stages.progress import Progress, logger
@@ -116,6 +116,8 @@ def _deduplicate(directory: rundir.RunDirectory, pool: EmbeddingSet, settings: D
         report |= {"partitions": len(centroids), "probes": probes}
         if settings.check_rows:
             hashes = schema.hash_uids(rows.uids, settings.seed + CHECK_STREAM)
+            from clipgap_ray.stages import partition_check  # statistics take 0.7 s to import, in every task as well
+
             report["check"] = partition_check.measure_misses(
                 directory.uri, pool, mask, hashes, settings.check_rows, found, settings.thresholds
             )
