@@ -24,7 +24,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from clipgap_ray import __version__, store
+from clipgap_ray import __version__, store, worker_memory
 from clipgap_ray.errors import DataError, StaleOutputError
 from clipgap_ray.lease import Lease
 
@@ -150,6 +150,7 @@ class Summary:
     seconds: float = 0.0
     working_seconds: float = 0.0  # of all commands that added parts and came to their end
     driver_bytes: int = 0  # most memory of the command's process, up to its end
+    worker_bytes: int = 0  # most memory of one of Ray's workers on this machine; 0 where that cannot be seen
     extra: dict[str, Any] = field(default_factory=dict)
 
     def add(self, record: dict[str, Any]) -> None:
@@ -186,6 +187,7 @@ class Summary:
             "seconds": round(self.seconds, 3),
             "working_seconds": round(self.working_seconds, 3),
             **({"driver_bytes": self.driver_bytes} if self.driver_bytes else {}),
+            **({"worker_bytes": self.worker_bytes} if self.worker_bytes else {}),
             **self.extra,
         }
 
@@ -214,6 +216,7 @@ class RunDirectory:
             self._lease.__exit__()
             raise
         self.summary.parts_skipped = len(self.log.records)
+        worker_memory.watch.forget()
         self._started = time.monotonic()
         return self
 
@@ -246,6 +249,7 @@ class RunDirectory:
         self.summary.working_seconds = before.get("working_seconds", 0.0) + (0.0 if idle else self.summary.seconds)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self.summary.driver_bytes = max(before.get("driver_bytes", 0), 0 if idle else peak)
+        self.summary.worker_bytes = max(before.get("worker_bytes", 0), 0 if idle else worker_memory.watch.most())
         self.log.compact()
         content = store.digest([self.log.records[part].get("files", {}) for part in sorted(self.log.records)])
         manifest = {

@@ -8,7 +8,7 @@ from clipgap_ray import filesystems, rundir, store
 from clipgap_ray.config.study import StatusSettings
 from clipgap_ray.errors import DataError
 
-PREDICTED = ("seconds", "written_bytes", "driver_bytes")  # of a plan, to stand beside what was measured
+PREDICTED = ("seconds", "written_bytes", "driver_bytes", "worker_bytes")  # of a plan, to stand beside what was measured
 
 
 def run(settings: StatusSettings) -> dict[str, Any]:
@@ -62,4 +62,5 @@ def _stage(uri: str) -> dict[str, Any]:
         "dropped": summary.dropped,
         "seconds": summed.get("working_seconds"),
         "driver_bytes": summed.get("driver_bytes"),
+        "worker_bytes": summed.get("worker_bytes"),
     }

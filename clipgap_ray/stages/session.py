@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import ray
 
+from clipgap_ray import worker_memory
 from clipgap_ray.errors import ClipgapError, ConfigError
 from clipgap_ray.stages.autoscaler import launchable
 
@@ -39,6 +40,7 @@ def connect() -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     with _quiet_stderr():
         _start_private()
+    worker_memory.watch.begin()
     _sigterm_as_ctrl_c()
 
 

@@ -130,7 +130,9 @@ def test_a_study_that_is_there_is_looked_at_and_status_shows_both(
     (out / "embed" / "pool").symlink_to(tiny_embeddings["pool"])
     shown = status.run(StatusSettings(directory=str(out)))["stages"]["embed/pool"]
     step = found["steps"]["embed/pool"]
-    assert shown["predicted"] == {name: step[name] for name in ("seconds", "written_bytes", "driver_bytes")}
+    assert shown["predicted"] == {
+        name: step[name] for name in ("seconds", "written_bytes", "driver_bytes", "worker_bytes")
+    }
     assert shown["seconds"] >= 0
     assert shown["driver_bytes"] > 50e6
     there = sum(len(data) for data in made.files_below(tiny_embeddings["pool"]).values())
