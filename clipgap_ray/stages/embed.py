@@ -44,8 +44,9 @@ from clipgap_ray.stages.waits import waiting
 WINDOW_SHARDS = 4096  # shards per Ray Data execution: bounds the driver's plan at 41,408 shards
 BLOCK_BYTES = 16 << 20  # small blocks: chunks reach the encoders while their shard is still being read
 HERE_S = 2 * budget.START_S  # after so long the driver leaves the rest of a small job to actors
-READ_CPUS = 0.5
 ENCODE_CPUS = 0.5
+READ_CPUS = 0.25  # two reads beside the encoder of a one-core node: one goes on while the next is being started
+PRIVATE_READ_CPUS = 0.5  # a private Ray counts more cores than there are
 
 
 def run(settings: EmbedSettings) -> rundir.Summary:
@@ -245,7 +246,10 @@ def _chunks(
     gpus = settings.gpus_per_worker if outputs[0].encoder.device == "cuda" else 0.0
     workers = settings.workers or max(1, int(cluster_gpus() / gpus) if gpus else physical_cpus())
     dataset = ray.data.read_datasource(
-        ShardDatasource(window, plan), override_num_blocks=len(window), num_cpus=READ_CPUS, **_beside_encoders(gpus)
+        ShardDatasource(window, plan),
+        override_num_blocks=len(window),
+        num_cpus=PRIVATE_READ_CPUS if is_private() else READ_CPUS,
+        **_beside_encoders(gpus),
     ).map_batches(
         Encode,
         fn_constructor_args=([(output.encoder, output.text) for output in outputs],),
