@@ -39,7 +39,7 @@ from clipgap_ray.stages.embed_outputs import Output
 from clipgap_ray.stages.embed_read import ReadPlan, ShardDatasource, Work, read_chunks
 from clipgap_ray.stages.progress import Progress, logger
 from clipgap_ray.stages.session import cluster_gpus, connect, gpu_nodes, is_private, own_error, physical_cpus
-from clipgap_ray.stages.waits import waiting
+from clipgap_ray.stages.waits import slots, waiting
 
 WINDOW_SHARDS = 4096  # shards per Ray Data execution: bounds the driver's plan at 41,408 shards
 BLOCK_BYTES = 16 << 20  # small blocks: chunks reach the encoders while their shard is still being read
@@ -255,7 +255,9 @@ def _chunks(
         fn_constructor_args=([(output.encoder, output.text) for output in outputs],),
         batch_size=1,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=min(settings.min_workers, workers), max_size=workers),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=_encoders_first(settings, workers, len(window), gpus), max_size=workers
+        ),
         num_cpus=ENCODE_CPUS,
         num_gpus=gpus,
     )
@@ -266,6 +268,17 @@ def _chunks(
                 yield from table.to_pylist()
     except ray.exceptions.RayTaskError as error:
         raise own_error(error) from None
+
+
+def _encoders_first(settings: EmbedSettings, workers: int, shards: int, gpus: float) -> int:
+    """Encoders to start with, before any read: on a cluster as many as its living nodes hold, at most one per shard.
+
+    Reads that came first would fill the cores of a small node, and take every fraction that one of them gives back: the
+    node's encoder would wait for as long as there is something to read. A private Ray has room for both, and a small
+    job may not need its second encoder.
+    """
+    there = 0 if is_private() else slots({"CPU": ENCODE_CPUS, "GPU": gpus})
+    return min(workers, max(settings.min_workers, min(there, shards)))
 
 
 def _beside_encoders(gpus: float) -> dict[str, Any]:

@@ -88,3 +88,23 @@ def test_folders_that_were_numbered_apart_are_refused(
     with pytest.raises(ConfigError, match=message):
         embed_outputs.common_parts([str(tmp_path / "a"), str(tmp_path / "b")], ["x"])
     assert store.read_json(str(tmp_path / "b" / "parts.json")) == second
+
+
+@pytest.mark.parametrize(
+    ("private", "room", "shards", "workers", "least", "first"),
+    [
+        (True, 8, 100, 2, 1, 1),  # a private Ray: the pool grows with its queue
+        (True, 8, 100, 2, 2, 2),
+        (False, 4, 100, 2, 1, 2),  # two nodes of one core: one encoder each, before their cores are full of reads
+        (False, 4, 1, 2, 1, 1),  # one shard keeps one encoder busy
+        (False, 0, 100, 8, 1, 1),  # an autoscaler that starts at the head alone
+        (False, 3, 100, 8, 4, 4),
+    ],
+)
+def test_encoders_come_before_reads_on_the_nodes_that_live(
+    monkeypatch: pytest.MonkeyPatch, private: bool, room: int, shards: int, workers: int, least: int, first: int
+) -> None:
+    monkeypatch.setattr(embed, "is_private", lambda: private)
+    monkeypatch.setattr(embed, "slots", lambda needs: room)
+    given = settings(workers=workers, min_workers=least)
+    assert embed._encoders_first(given, workers, shards, 0.0) == first
