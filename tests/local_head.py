@@ -27,7 +27,6 @@ class Head(NamedTuple):
     """Where jobs are sent, with which environment, and where Ray writes."""
 
     address: str
-    client: str
     environment: dict[str, str]
     temp: str
 
@@ -44,14 +43,13 @@ def running() -> Iterator[Head]:
         "PYTHONPATH": str(ROOT),
     }
     environment.pop("RAY_ADDRESS", None)
-    gcs, dashboard, client = free_port(), free_port(), free_port()
+    gcs, dashboard = free_port(), free_port()
     temp = tempfile.mkdtemp(prefix="cg-", dir="/tmp")
     process = subprocess.Popen(
         [
             *RAY, "start", "--head", "--block", f"--port={gcs}", "--num-cpus=4", "--object-store-memory=200000000",
             "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
             f"--temp-dir={temp}", "--dashboard-agent-listen-port=0", "--disable-usage-stats",
-            f"--ray-client-server-port={client}",
         ],
         env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
@@ -62,7 +60,7 @@ def running() -> Iterator[Head]:
         while subprocess.run(asking, env=environment, capture_output=True).returncode:
             assert process.poll() is None, "ray start ended"
             assert time.monotonic() < deadline, "the job server did not come up"
-        yield Head(address, f"ray://127.0.0.1:{client}", environment, temp)
+        yield Head(address, environment, temp)
     finally:
         process.kill()  # asked politely, it takes half a minute
         process.wait()

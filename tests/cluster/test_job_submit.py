@@ -103,30 +103,6 @@ def test_another_token_is_refused(head):
     assert "authentication" in (refused.stdout + refused.stderr).lower()
 
 
-CLIENT = """
-import sys
-import ray
-ray.init(sys.argv[1])
-print("sum", ray.get(ray.remote(sum).remote([20, 22])))
-"""
-
-
-def test_ray_client_asks_for_the_token_too(head):
-    """docs/cluster.md, the row of port 10001: whoever has the token runs code there, and nobody else."""
-
-    def call(token):
-        environment = {**head.environment, "RAY_AUTH_TOKEN": token}
-        words = [sys.executable, "-c", CLIENT, head.client]
-        return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=180)
-
-    known = call(head.environment["RAY_AUTH_TOKEN"])
-    assert "sum 42" in known.stdout, known.stderr[-3000:]
-    refused = call(secrets.token_hex(32))
-    assert refused.returncode != 0
-    assert "sum" not in refused.stdout
-    assert "authentication" in refused.stderr.lower(), refused.stderr[-3000:]
-
-
 def test_no_secret_of_the_nodes_is_written_anywhere(head, tmp_path_factory):
     """After the jobs above: outputs, logs of jobs and of Ray, and what the job server shows."""
     shown = _job(head, "list")
