@@ -23,7 +23,7 @@ PACKAGE = ROOT / "clipgap_ray"
 # A module may import its own tier and those to its left (CONTRIBUTING.md). `stages` and `serving` share a tier but
 # not each other. Longest prefix wins.
 TIERS = {
-    "redaction": 0, "errors": 0, "schema": 0, "environment": 0,
+    "redaction": 0, "errors": 0, "schema": 0, "environment": 0, "worker_memory": 0,
     "kernels": 1,
     "filesystems": 2, "store": 2, "lease": 2, "rundir": 2, "sources": 2, "tars": 2, "shards": 2, "idlists": 2,
     "blocklist": 2, "pixels": 2, "alterations": 2,
