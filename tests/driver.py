@@ -57,7 +57,7 @@ def until(condition: Callable[[], Any], what: str, limit_s: float = DRIVER_LIMIT
     while not condition():
         if time.monotonic() > deadline:
             pytest.fail(f"{what} did not happen within {limit_s} s")
-        time.sleep(0.05)  # between two looks, not instead of one: a look may read all of /proc
+        time.sleep(0.01)  # between two looks, not instead of one
 
 
 @contextlib.contextmanager
