@@ -46,7 +46,7 @@ class Watch:
     def _look_on(self) -> None:
         while True:
             self._look()
-            time.sleep(LOOK_S)
+            time.sleep(LOOK_S)  # the pace of the looks: no event tells of a process's memory
 
     def _look(self) -> None:
         self._most = max(self._most, *map(_peak, _workers()), 0)

@@ -17,7 +17,7 @@ class ExportSettings(Settings):
     split: tyro.conf.Positional[str]
     """Subset NAME.npy (uids, dtype u8,u8): a split of ours or DataComp's own file."""
     source: str
-    """Tars to copy from: a directory, glob, `{000..099}.tar`, `@list.txt`, joined by `::`."""
+    """Tars, parquet or folders of images: a directory, glob, `{000..099}.tar`, `@list.txt`, joined by `::`."""
     out: str
     """Directory: 00000000.tar and so on, each with _stats.json; sizes.json, sample_ids.npy, meta.json."""
     shard_size: pydantic.PositiveInt = 10_000
@@ -28,7 +28,7 @@ class ExportSettings(Settings):
     blocklist: str = ""
     """File of uids, sha256 of images or urls, one per line (or .npy of u8,u8): these samples are left out."""
     workers: Annotated[pydantic.NonNegativeInt, Operational()] = 0
-    """Tars read or written at a time; 0 = one per core."""
+    """Shards read or written at a time; 0 = one per core."""
     max_missing_fraction: Annotated[float, Operational()] = 0.01
     """Exit with code 3 when a larger share of the split's uids is not in the source."""
     limits: Limits = LimitsSettings()

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from clipgap_ray.kernels import shift
+from clipgap_ray.kernels import shift_change
 from clipgap_ray.reporting import conclusions as say
 from clipgap_ray.reporting import groups
 from clipgap_ray.reporting.layout import Plot, Section, Table
@@ -116,7 +116,7 @@ def _change(study: Study, arm: Arm, treated: Arm, test: str, draws: int, seed: i
     classes, names_of = ([values[i] for i in kept] for values in (own.classes, own.groups))
     pair = groups.compared(study, test)
     assert pair is not None  # `trials` compared it with the recipe's
-    result = shift.change_over_trainings(
+    result = shift_change.change_over_trainings(
         classes, names_of, before[:, at[kept]], after[:, kept], np.random.default_rng(seed), pair, draws
     )
     return {key: result[name] for name, key in keys.items()}

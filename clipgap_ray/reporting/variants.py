@@ -14,7 +14,7 @@ import numpy as np
 
 from clipgap_ray import store
 from clipgap_ray.errors import DataError
-from clipgap_ray.kernels import shift
+from clipgap_ray.kernels import shift, shift_change
 from clipgap_ray.reporting import groups, tables
 from clipgap_ray.reporting.study import Predictions, Study, aligned, positions
 from clipgap_ray.reporting.tables import Record
@@ -126,7 +126,7 @@ def _change(
     classes = [name for name, kept in zip(other[1].classes, shared.tolist(), strict=True) if kept]
     names = [name for name, kept in zip(other[1].groups, shared.tolist(), strict=True) if kept]
     rng = np.random.default_rng(seed)
-    found = shift.change(classes, names, first[2][at[shared]], other[2][shared], rng, pair, draws)
+    found = shift_change.change(classes, names, first[2][at[shared]], other[2][shared], rng, pair, draws)
     values = [found["drop_change_pp"], *found["interval_pp"], found["unbalanced_change_pp"],
               *found["unbalanced_interval_pp"]]  # fmt: skip
     return dict(zip(keys, values, strict=True))

@@ -44,8 +44,8 @@ from clipgap_ray.stages.waits import slots, waiting
 WINDOW_SHARDS = 4096  # shards per Ray Data execution: bounds the driver's plan at 41,408 shards
 BLOCK_BYTES = 16 << 20  # small blocks: chunks reach the encoders while their shard is still being read
 HERE_S = 2 * budget.START_S  # after so long the driver leaves the rest of a small job to actors
-ENCODE_CPUS = 0.25  # little: several commands may have encoders on one core, and their reads need the rest
-READ_CPUS = 0.375  # two reads beside the encoder of a one-core node: one goes on while the next is being started
+ENCODE_CPUS = 0.125  # little: four commands may have encoders on one core, and there is room for a read of theirs
+READ_CPUS = 0.4  # two reads beside the encoder of a one-core node: one goes on while the next is being started
 PRIVATE_READ_CPUS = 0.5  # a private Ray counts more cores than there are
 
 

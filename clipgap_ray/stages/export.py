@@ -1,18 +1,21 @@
 """Copy a split's samples into new tars: DataComp's resharded layout, bytes unchanged, the same bytes at every run.
 
 Two passes. The first reads headers, json and captions of every input tar (images only when a blocklist names
-sha256) and keeps, for the samples of the split, where their members lie. From the counts follows which samples go
-into which output tar: source order, `shard_size` each. The second copies byte ranges, one task per output tar.
+sha256; parquet and folders are read whole) and keeps, for the samples of the split, where their members lie. From the
+counts follows which samples go into which output tar: source order, `shard_size` each. The second copies, one task per
+output tar: byte ranges of tars; of parquet the image as it is, its caption as txt, its columns but those of bytes as
+json; of folders the files.
 
 A sample's stem in the output is `{uid}-{copy}`, as DataComp's resharder writes it: copy 0 is the first sample of that
 uid in source order, copy 1 the next. So no stem repeats, whatever stems the input tars share; suffixes keep their
 spelling. A uid that is hashed from the sample's place (no json uid, no url with caption) cannot be found again in
 the new place: hence `write_uid`, and a warning without it.
 
-Reads: tars. Writes: DIR/00000000.tar, 00000000_stats.json ({"successes": n}), sizes.json, meta.json, sample_ids.npy
-(the uids that are in the tars), missing_ids.npy (uids of the split that the source lacks, if any), DIR/index/.
-Unit of restart: the input tar in the first pass, the output tar in the second. Memory: the split at 16 bytes per uid,
-one more in the driver; a task holds one member.
+Reads: tars, parquet of images, folders of images. Writes: DIR/00000000.tar, 00000000_stats.json ({"successes": n}),
+sizes.json, meta.json, sample_ids.npy (the uids that are in the tars), missing_ids.npy (uids of the split that the
+source lacks, if any), DIR/index/.
+Unit of restart: the input shard in the first pass, the output tar in the second. Memory: the split at 16 bytes per uid,
+one more in the driver; a task holds one sample, or 256 rows of parquet.
 Rejected: one streaming pass like the resharder's (an output tar would depend on the number of workers).
 """
 
@@ -42,7 +45,7 @@ def run(settings: ExportSettings) -> rundir.Summary:
         DataError: If none of the split's uids is in the source, or an input tar changed between the passes.
         StaleOutputError: If `out` was written with another split, source, blocklist or flag.
     """
-    shards = _tars(settings)
+    shards = _shards(settings)
     split = idlists.read_subset(settings.split)
     blocked = blocklist.read(settings.blocklist) if settings.blocklist else None
     inputs = {
@@ -60,14 +63,8 @@ def run(settings: ExportSettings) -> rundir.Summary:
         return _finish(directory, settings, places, records)
 
 
-def _tars(settings: ExportSettings) -> list[Shard]:
+def _shards(settings: ExportSettings) -> list[Shard]:
     shards = list_shards(settings.source)
-    other = next((shard for shard in shards if shard.kind != "tar"), None)
-    if other is not None:
-        raise ConfigError(
-            f"{other.uri} is a {other.kind} shard: export copies the members of tars as they are",
-            hint="export from the tars; for parquet and folders train on the split where the images lie (--split)",
-        )
     inside = next((shard for shard in shards if shard.uri.startswith(settings.out.rstrip("/") + "/")), None)
     if inside is not None:
         raise ConfigError(f"{inside.uri} is part of the source and lies in --out", hint="choose another --out")

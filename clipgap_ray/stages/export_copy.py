@@ -1,4 +1,7 @@
-"""The second pass of `export`: one output tar from byte ranges of the input tars. See `export`."""
+"""The second pass of `export`: one output tar from byte ranges of tars, rows of parquet or files of folders.
+
+See `export`. A slice of parquet is read from the shard's beginning; its row becomes an image, a caption and a json.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,20 @@ import hashlib
 import io
 import json
 import tarfile
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import IO, Any
 
 import pyarrow.compute as pc
+from PIL import Image
 
 from clipgap_ray import filesystems, store
 from clipgap_ray.errors import DataError
+from clipgap_ray.shards import Sample, read_shard
 from clipgap_ray.stages.export_index import Slice, samples_file
+
+Members = list[tuple[str, bytes]]  # (suffix, bytes) in order
 
 SHARD_FORMAT = "{:08d}.tar"
 STATS_FORMAT = "{:08d}_stats.json"
@@ -60,26 +68,77 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
-def _samples(
-    uri: str, piece: Slice, write_uid: bool, notes: dict[str, int]
-) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
-    """Yield (stem, [(suffix, bytes), ...]) of a slice, members in the order of the input tar."""
+def _samples(uri: str, piece: Slice, write_uid: bool, notes: dict[str, int]) -> Iterator[tuple[str, Members]]:
+    """Yield (stem, [(suffix, bytes), ...]) of a slice, in the order of the input shard."""
     table = store.read_table(store.join(uri, "index", samples_file(piece.part)))
     exported = table.filter(pc.equal(table.column("reason"), ""))
     rows = exported.slice(piece.start, piece.stop - piece.start).to_pylist()
-    fs, path = filesystems.filesystem(piece.uri)
-    if (size := store.size(piece.uri)) != piece.num_bytes:
+    read = {"tar": _from_tar, "parquet": _from_parquet, "folder": _from_folder}[piece.shard.kind]
+    for number, (row, members) in enumerate(zip(rows, read(piece, rows), strict=True), piece.start):
+        if write_uid and not row["has_uid"]:
+            members = _with_uid(members, row["uid"], notes)
+        yield f"{row['uid']}-{piece.copies.get(number, 0)}", members
+
+
+def _from_tar(piece: Slice, rows: list[dict[str, Any]]) -> Iterator[Members]:
+    """Members in the order of the input tar."""
+    _check_size(piece)
+    uri = piece.shard.uri
+    fs, path = filesystems.filesystem(uri)
+    with filesystems.patiently(uri, lambda: fs.open(path, "rb")) as file:
+        for row in rows:
+            data = filesystems.patiently(uri, partial(_read, file, row, uri))
+            yield list(zip(row["suffixes"], data, strict=True))
+
+
+def _from_parquet(piece: Slice, rows: list[dict[str, Any]]) -> Iterator[Members]:
+    """The image's bytes as they are; the caption as txt, all columns but those of bytes as json."""
+    _check_size(piece)
+    wanted = {row["row"] for row in rows}
+    samples = (item for item in read_shard(piece.shard) if isinstance(item, Sample))
+    for row, sample in enumerate(samples):
+        if row in wanted:
+            yield _row_members(sample)
+        if row >= rows[-1]["row"]:
+            return
+
+
+def _row_members(sample: Sample) -> Members:
+    members = [(_image_suffix(sample.image), sample.image)]
+    if sample.caption:
+        members.append(("txt", sample.caption.encode()))
+    # JSON knows neither bytes nor NaN, and dates only as texts.
+    fields = {name: None if value != value else value for name, value in sample.fields.items()
+              if not isinstance(value, bytes)}  # fmt: skip
+    return [*members, ("json", json.dumps(fields, default=str).encode())] if fields else members
+
+
+def _image_suffix(image: bytes) -> str:
+    """The suffix by content; jpg for what nobody can open, which then is as broken as it was."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(image)) as picture:  # the header only
+            kind = (picture.format or "jpeg").lower()
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return "jpg"
+    return "jpg" if kind == "jpeg" else kind
+
+
+def _from_folder(piece: Slice, rows: list[dict[str, Any]]) -> Iterator[Members]:
+    """The files of each sample: an image and, if it has one, its txt."""
+    for row in rows:
+        name = row["key"].rsplit("/", 1)[-1]
+        files = [name, f"{name.rsplit('.', 1)[0]}.txt"][: len(row["suffixes"])]
+        data = [store.read_bytes(store.join(piece.shard.uri, file)) for file in files]
+        yield list(zip(row["suffixes"], data, strict=True))
+
+
+def _check_size(piece: Slice) -> None:
+    uri = piece.shard.uri
+    if (size := store.size(uri)) != piece.num_bytes:
         raise DataError(
-            f"{piece.uri} has {size} bytes, but had {piece.num_bytes} when it was indexed",
+            f"{uri} has {size} bytes, but had {piece.num_bytes} when it was indexed",
             hint="the source changed meanwhile: export into another --out",
         )
-    with filesystems.patiently(piece.uri, lambda: fs.open(path, "rb")) as file:
-        for number, row in enumerate(rows, piece.start):
-            data = filesystems.patiently(piece.uri, partial(_read, file, row, piece.uri))
-            members = list(zip(row["suffixes"], data, strict=True))
-            if write_uid and not row["has_uid"]:
-                members = _with_uid(members, row["uid"], notes)
-            yield f"{row['uid']}-{piece.copies.get(number, 0)}", members
 
 
 def _read(file: IO[bytes], row: dict[str, Any], uri: str) -> list[bytes]:
@@ -93,7 +152,7 @@ def _read(file: IO[bytes], row: dict[str, Any], uri: str) -> list[bytes]:
     return members
 
 
-def _with_uid(members: list[tuple[str, bytes]], uid: str, notes: dict[str, int]) -> list[tuple[str, bytes]]:
+def _with_uid(members: Members, uid: str, notes: dict[str, int]) -> Members:
     """Put the uid into the json member; add one where there is none or where it is no JSON object (counted)."""
     at = next((i for i, (suffix, _) in enumerate(members) if suffix.lower() == "json"), None)
     fields: dict[str, Any] = {}

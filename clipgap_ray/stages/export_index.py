@@ -1,6 +1,6 @@
-"""The first pass of `export`: where the samples of a split lie in the input tars, and where each of them goes.
+"""The first pass of `export`: where the samples of a split lie in the input shards, and where each of them goes.
 
-Every input tar gets a table of its samples that are in the split; from the counts follows which samples go into
+Every input shard gets a table of its samples that are in the split; from the counts follows which samples go into
 which output tar. See `export` for the two passes together.
 """
 
@@ -23,7 +23,7 @@ from clipgap_ray.stages.waits import bounded
 
 TASK_CPUS = 0.5  # reading waits for disks and networks
 
-# index/samples/part-00000.parquet: the samples of one input tar that are in the split, in the order of the tar.
+# index/samples/part-00000.parquet: the samples of one input shard that are in the split, in the order of the shard.
 INDEX = pa.schema(
     [
         ("position", pa.int64()),  # of the uid in the split
@@ -34,17 +34,18 @@ INDEX = pa.schema(
         ("suffixes", pa.list_(pa.string())),
         ("offsets", pa.list_(pa.int64())),
         ("sizes", pa.list_(pa.int64())),
+        ("row", pa.int64()),  # of the sample among its shard's: where parquet and folders find it again
     ]
 )
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A run of exported samples of one input tar: rows `start` to `stop` of its index, and which are second copies."""
+    """A run of one input shard's exported samples: rows `start` to `stop` of its index, and which are second copies."""
 
     part: int
-    uri: str
-    num_bytes: int  # of the tar when it was indexed
+    shard: Shard
+    num_bytes: int  # of the shard when it was indexed; 0 of a folder
     start: int
     stop: int
     copies: dict[int, int] = field(default_factory=dict)  # row -> copy number, where it is not 0
@@ -58,15 +59,15 @@ def build(
     inputs: dict[str, Any],
     workers: int,
 ) -> dict[int, dict[str, Any]]:
-    """Index every input tar that is not indexed yet.
+    """Index every input shard that is not indexed yet.
 
     Args:
         uri: The index directory.
-        shards: The input tars; part numbers are positions.
+        shards: The input shards; part numbers are positions.
         split: (u,) uids, "u8,u8".
         blocked: What must not be exported.
         inputs: What the index depends on, guarded.
-        workers: Tars read at a time; 0 = one per core.
+        workers: Shards read at a time; 0 = one per core.
 
     Returns:
         The commit record of each part.
@@ -91,7 +92,7 @@ def build(
 def index_shard(
     uri: str, part: int, shard: Shard, shared: tuple[np.ndarray, blocklist.Blocklist | None]
 ) -> dict[str, Any]:
-    """Write the index of one input tar; returns its commit record."""
+    """Write the index of one input shard; returns its commit record."""
     split, blocked = shared
     wants_sha = blocked is not None and len(blocked.sha256) > 0
     samples: list[Sample] = []
@@ -108,8 +109,8 @@ def index_shard(
     uids = schema.pack_uids([sample.uid for sample in samples])
     positions = subsets.find(split, uids)
     rows = [
-        _index_row(sample, at, reason)
-        for sample, at, reason in zip(samples, positions.tolist(), reasons, strict=True)
+        _index_row(row, sample, at, reason)
+        for row, (sample, at, reason) in enumerate(zip(samples, positions.tolist(), reasons, strict=True))
         if at >= 0
     ]
     for reason in (row["reason"] for row in rows if row["reason"]):
@@ -125,12 +126,12 @@ def index_shard(
         "kept": kept,
         "dropped": dropped,
         "without_uid": sum(not row["has_uid"] and not row["reason"] for row in rows),
-        "bytes": store.size(shard.uri),
+        "bytes": 0 if shard.kind == "folder" else store.size(shard.uri),
         "files": {"samples": store.sha256(data)},
     }
 
 
-def _index_row(sample: Sample, position: int, reason: str) -> dict[str, Any]:
+def _index_row(row: int, sample: Sample, position: int, reason: str) -> dict[str, Any]:
     return {
         "position": position,
         "uid": sample.uid,
@@ -140,6 +141,7 @@ def _index_row(sample: Sample, position: int, reason: str) -> dict[str, Any]:
         "suffixes": [member.suffix for member in sample.members],
         "offsets": [member.offset for member in sample.members],
         "sizes": [member.size for member in sample.members],
+        "row": row,
     }
 
 
@@ -195,7 +197,7 @@ class Placement:
                     room = shard_size
                 stop = min(kept, start + room)
                 copies = {row: n for row, n in self._copies.get(part, {}).items() if start <= row < stop}
-                outputs[-1].append(Slice(part, shard.uri, self._records[part]["bytes"], start, stop, copies))
+                outputs[-1].append(Slice(part, shard, self._records[part]["bytes"], start, stop, copies))
                 room -= stop - start
                 start = stop
         return outputs

@@ -43,7 +43,7 @@ def run(settings: ShiftSettings) -> rundir.Summary:
     models = {name: _summarise(settings, name, counts, order) for name, counts in counted.items()}
     for name, model in models.items():
         warnings += [f"{name}: no class has photos of both {order[0]} and {g}" for g in model.pop("apart")]
-    ways = _variants(settings, read, (order[0], order[1]))
+    ways = _variants(settings, read, models)
     for name, rows in ways.items():
         models[name]["variants"] = rows
     result: dict[str, Any] = {"models": models, "warnings": warnings, "inputs": _inputs(settings),
@@ -110,9 +110,9 @@ def _count(found: Predictions) -> shift.GroupCounts:
 
 
 def _variants(
-    settings: ShiftSettings, read: dict[str, Predictions], pair: tuple[str, str]
+    settings: ShiftSettings, read: dict[str, Predictions], models: dict[str, Any]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Every model's ways of being asked, its --predictions first, for the base and the first group beside it."""
+    """Every model's ways of being asked, its --predictions first, for the two groups of its own first comparison."""
     files = prediction_files(settings.predictions)
     found: dict[str, list[dict[str, Any]]] = {}
     for name, others in variant_files(settings.variants, list(files)).items():
@@ -123,8 +123,9 @@ def _variants(
             raise DataError(f"{unnamed[0]} has no column uid: its photos cannot be paired with another way's")
         first, *rest = [(way, own, own.correct.astype(np.float64)) for way, own in ways.items()]
         facts = {way: variants.beside(path) for way, path in paths.items()}
+        base, other = models[name]["groups"]
         try:
-            found[name] = variants.compare(first, rest, facts, pair, settings.draws, settings.seed)
+            found[name] = variants.compare(first, rest, facts, (base, other), settings.draws, settings.seed)
         except ValueError as error:
             raise DataError(f"--variants of {name}: {error}") from None
     return found

@@ -1,4 +1,4 @@
-"""A cluster that loses its head is gone, the work is not; two studies on one cluster do not meet."""
+"""A cluster that loses its head is gone, the work is not; commands at once on one cluster do not meet."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tests.two_nodes import TwoNodes
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 LIMIT_S = 240.0
+NAMES = ("one", "two", "three", "four")  # as many as one-core nodes take encoders of beside a read
 KINDS = ("img_emb", "text_emb", "metadata", "ledger")
 
 
@@ -60,24 +61,23 @@ def test_after_the_head_is_lost_a_new_cluster_finishes_the_work(
         assert made.files_below(f"{out}/{kind}") == made.files_below(f"{tiny_embeddings['pool']}/{kind}")
 
 
-def test_two_commands_at_once_on_one_cluster_do_not_meet(
+def test_commands_at_once_on_one_cluster_do_not_meet(
     tiny_world: made.World, tiny_embeddings: dict[str, str], tiny_scores: str, tmp_path: Path, folder: str
 ) -> None:
     cluster = TwoNodes(folder)
     words = {**made.score_words(tiny_embeddings), "group_bytes": 1, "query_share": 1e9}
     drivers = [
-        cluster.driver(embed, settings(tiny_world, tmp_path / "one")),
-        cluster.driver(embed, settings(tiny_world, tmp_path / "two")),
+        *(cluster.driver(embed, settings(tiny_world, tmp_path / name)) for name in NAMES),
         cluster.driver(score, ScoreSettings(**words, out=str(tmp_path / "scores"))),
         cluster.driver(embed, settings(tiny_world, tmp_path / "one")),  # the lease refuses it, or it finds all done
     ]
     codes = [driver.wait(timeout=LIMIT_S) for driver in drivers]
-    assert codes[1:3] == [0, 0], [driver.said() for driver in drivers[1:3]]
+    assert codes[1:5] == [0] * 4, [driver.said() for driver in drivers[1:5]]
     refused = [driver for driver, code in zip(drivers, codes, strict=True) if code]
     assert len(refused) <= 1
     assert all("lease" in driver.said() for driver in refused), refused[0].said()
     cluster.close()
-    for name in ("one", "two"):
+    for name in NAMES:
         for kind in KINDS:
             assert made.files_below(f"{tmp_path}/{name}/{kind}") == made.files_below(
                 f"{tiny_embeddings['pool']}/{kind}"

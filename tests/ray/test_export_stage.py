@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import io
 import itertools
 import json
 import tarfile
@@ -13,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import webdataset
+from PIL import Image
 
 from clipgap_ray import cli, schema, store
 from clipgap_ray.config.export import ExportSettings
@@ -217,14 +220,74 @@ def test_impossible_exports_are_named(pool: str, everything: str, tmp_path: Path
     with pytest.raises(DataError, match=r"0 of its 1 uids can be exported .* \(coverage 0 %, 0 blocked\)"):
         run(foreign, pool, tmp_path / "a")
     assert not list((tmp_path / "a").glob("*.tar"))
-    store.write_table(str(tmp_path / "parquet" / "0.parquet"), pa.table({"image": [made.jpeg(0)]}))
-    with pytest.raises(ConfigError, match=r"0.parquet is a parquet shard: export copies the members of tars"):
-        run(everything, str(tmp_path / "parquet"), tmp_path / "b")
     with pytest.raises(ConfigError, match="is part of the source and lies in --out"):
         run(everything, pool, Path(pool).parent)
     run(everything, pool, tmp_path / "c", shard_size=4)
     with pytest.raises(StaleOutputError, match="shard_size was 4, now 5"):
         run(everything, pool, tmp_path / "c", shard_size=5)
+
+
+def test_rows_of_parquet_become_members(tmp_path: Path) -> None:
+    """Images keep their bytes and get a suffix by content; a second file cut by the size of the output."""
+    png = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(png, "PNG")
+    images = [made.jpeg(0), png.getvalue(), None, b"broken", made.jpeg(3)]
+    table = pa.table({
+        "image": [image and {"bytes": image, "path": "x"} for image in images],
+        "caption": ["é", "two", "none", "bad", None],
+        "url": [f"http://x/{n}" for n in range(5)],
+        "similarity": [0.25, float("nan"), 0.0, 0.5, None],
+        "taken": [datetime.date(2020, 1, n + 1) for n in range(5)],
+        "thumbnail": [b"\x00"] * 5,
+    })  # fmt: skip
+    for name in ("0.parquet", "1.parquet"):
+        rows = table if name[0] == "0" else table.set_column(2, "url", [[f"http://y/{n}" for n in range(5)]])
+        store.write_table(str(tmp_path / "pool" / name), rows)
+    source = samples_of(str(tmp_path / "pool"))
+    assert len(source) == 8
+    chosen = [s for n, s in enumerate(source) if n not in (2, 4)]
+    split = subset_file(tmp_path / "s.npy", [s.uid for s in chosen])
+    summary = run(split, str(tmp_path / "pool"), tmp_path / "out", shard_size=4, write_uid=True)
+    assert summary["coverage"]["found"] == 6
+    assert summary["dropped"] == {"no_image": 2, "not_in_split": 2}
+    found = exported(tmp_path / "out")
+    assert [stem for stem, _ in found] == [f"{s.uid}-0" for s in chosen]
+    assert [next(iter(members.items())) for _, members in found] == [
+        ("png" if s.image == png.getvalue() else "jpg", s.image) for s in chosen
+    ]
+    assert found[0][1]["txt"].decode() == "é"
+    assert "txt" not in found[2][1]  # no caption
+    assert json.loads(found[0][1]["json"]) == {
+        "caption": "é", "url": "http://x/0", "similarity": 0.25, "taken": "2020-01-01", "uid": chosen[0].uid,
+    }  # fmt: skip
+    assert json.loads(found[1][1]["json"])["similarity"] is None
+    assert [s.uid for s in samples_of(str(tmp_path / "out"))] == [s.uid for s in chosen]
+    before = datacomp_files(tmp_path / "out")
+    run(split, str(tmp_path / "pool"), tmp_path / "again", shard_size=4, write_uid=True, workers=1)
+    after = datacomp_files(tmp_path / "again")
+    assert all(after[name] == data for name, data in before.items() if name != "meta.json")
+
+
+def test_files_of_folders_become_members(tmp_path: Path) -> None:
+    for n in range(4):
+        folder = tmp_path / "pool" / "cats"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{n}.{'jpg' if n else 'JPG'}").write_bytes(made.jpeg(n))
+        if n != 2:
+            (folder / f"{n}.txt").write_bytes(b"caption \xff" if n == 1 else b"caption")
+    source = samples_of(str(tmp_path / "pool"))
+    split = subset_file(tmp_path / "s.npy", [s.uid for s in source[1:]])
+    run(split, str(tmp_path / "pool"), tmp_path / "out", write_uid=True)
+    found = exported(tmp_path / "out")
+    assert [stem for stem, _ in found] == [f"{s.uid}-0" for s in source[1:]]
+    assert [sorted(members) for _, members in found] == [
+        ["jpg", "json", "txt"],
+        ["jpg", "json"],
+        ["jpg", "json", "txt"],
+    ]
+    assert [members["jpg"] for _, members in found] == [s.image for s in source[1:]]
+    assert found[0][1]["txt"] == b"caption \xff"
+    assert [s.uid for s in samples_of(str(tmp_path / "out"))] == [s.uid for s in source[1:]]
 
 
 def test_a_tar_that_changed_between_the_passes_is_refused(pool: str, everything: str, tmp_path: Path) -> None:

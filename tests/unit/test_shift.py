@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipgap_ray.kernels import shift
+from clipgap_ray.kernels import shift, shift_change
 
 TABLE = Path(__file__).parent.parent / "data" / "counteranimal_per_class.csv"
 
@@ -113,7 +113,7 @@ def test_the_change_between_two_ways_of_asking_is_paired_by_photo() -> None:
     groups = ["common", "counter"] * 150 + ["common"] * 3
     before = rng.random(303) < 0.5
     after = np.where(rng.random(303) < 0.2, rng.random(303) < 0.9, before)
-    found = shift.change(classes, groups, before, after, np.random.default_rng(0), draws=4000)
+    found = shift_change.change(classes, groups, before, after, np.random.default_rng(0), draws=4000)
     drops = [shift.summarise(shift.count(classes, groups, c), np.random.default_rng(0), draws=10)["drop"]
              for c in (before, after)]  # fmt: skip
     assert found["num_photos"] == 300
@@ -132,7 +132,7 @@ def test_the_change_between_two_ways_of_asking_is_paired_by_photo() -> None:
     assert found["unbalanced_interval_pp"] == pytest.approx(np.quantile(pooled, [0.025, 0.975]).tolist(), abs=1.0)
     low, high = found["interval_pp"]
     assert low < found["drop_change_pp"] < high
-    same = shift.change(classes, groups, before, before, np.random.default_rng(0), draws=50)
+    same = shift_change.change(classes, groups, before, before, np.random.default_rng(0), draws=50)
     assert (same["drop_change_pp"], same["interval_pp"]) == (0.0, [0.0, 0.0])
 
 
@@ -147,7 +147,7 @@ def test_seeds_are_luck_beside_photos_and_classes_and_are_paired() -> None:
     classes = [f"c{i}" for i in np.repeat(np.arange(5), 40)]
     groups = ["common", "counter"] * 100
     before, after = rng.random((3, 200)) < 0.6, rng.random((3, 200)) < 0.4
-    found = shift.change_over_trainings(classes, groups, before, after, np.random.default_rng(0), draws=500)
+    found = shift_change.change_over_trainings(classes, groups, before, after, np.random.default_rng(0), draws=500)
 
     def drop(correct: np.ndarray) -> float:
         cells = {key: [] for key in itertools.product(sorted(set(classes)), ("common", "counter"))}
@@ -164,11 +164,11 @@ def test_seeds_are_luck_beside_photos_and_classes_and_are_paired() -> None:
     assert (found["low_pp"], found["high_pp"]) == pytest.approx(
         (found["change_pp"] - reach, found["change_pp"] + reach)
     )
-    one = shift.change_over_trainings(classes, groups, before[:1], after[:1], np.random.default_rng(0), draws=50)
+    one = shift_change.change_over_trainings(classes, groups, before[:1], after[:1], np.random.default_rng(0), draws=50)
     assert one["se_seeds_pp"] is None
     assert one["low_pp"] < one["change_pp"] < one["high_pp"]
     with pytest.raises(ValueError, match="same seeds on both sides: got 3 and 2"):
-        shift.change_over_trainings(classes, groups, before, after[:2], rng)
+        shift_change.change_over_trainings(classes, groups, before, after[:2], rng)
 
 
 def test_training_sets_that_do_not_differ_are_found_to_differ_rarely() -> None:
@@ -182,6 +182,6 @@ def test_training_sets_that_do_not_differ_are_found_to_differ_rarely() -> None:
         drop = rng.normal(0, 1, (3, 1)) + rng.normal(0, 0.3, (2, 3, 1))  # a seed's own, and what is left to chance
         luck = drop.reshape(6, 1) * np.where(groups == "common", 0.5, -0.5)
         correct = rng.random((6, 400)) < 1 / (1 + np.exp(-(ease + luck)))
-        found = shift.change_over_trainings(classes, groups.tolist(), correct[:3], correct[3:], rng, draws=200)
+        found = shift_change.change_over_trainings(classes, groups.tolist(), correct[:3], correct[3:], rng, draws=200)
         misses += not found["low_pp"] <= 0 <= found["high_pp"]
     assert misses <= 12
