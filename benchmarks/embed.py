@@ -42,7 +42,6 @@ from clipgap_ray.encoder import EncoderSettings
 from clipgap_ray.pixels import Preprocess
 from clipgap_ray.shards import write_tar
 
-BATCH = 64
 CAPTION = "a photograph of a small boat on a quiet lake in the evening, number {}"
 TICKS = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -120,35 +119,37 @@ def measure(command: list[str], *, every_s: float = 0.2) -> Cost:
     return Cost(wall, sum(cpu.values()), memory)
 
 
-def ideal(images: list[bytes], encoder_settings: EncoderSettings, rows: int = 2 * BATCH) -> tuple[float, float]:
+def ideal(images: list[bytes], encoder_settings: EncoderSettings) -> tuple[float, float]:
     """CPU-seconds per image of decoding and preprocessing, and of encoding image and caption, in this process."""
     import torch
 
     encoder = encoder_settings.build()
     torch.set_num_threads(1)
     exact = Preprocess(encoder.preprocess.size)
+    batch = encoder_settings.batch_size
+    rows = 2 * batch
     some = [images[n % len(images)] for n in range(rows)]
     started = time.process_time()
     pixels = np.stack([exact.decode(image) for image in some])
     decoded = time.process_time()
-    for start in range(0, rows, BATCH):
-        encoder.encode_images(pixels[start : start + BATCH])
-        encoder.encode_texts([CAPTION.format(n) for n in range(start, start + BATCH)])
+    for start in range(0, rows, batch):
+        encoder.encode_images(pixels[start : start + batch])
+        encoder.encode_texts([CAPTION.format(n) for n in range(start, start + batch)])
     return (decoded - started) / rows, (time.process_time() - decoded) / rows
 
 
 # --- competitors (each in a process of its own) ------------------------------------------------------------
 
 
-def child_clipgap(source: str, out: str, model: str, weights: str, decode: str) -> None:
+def child_clipgap(source: str, out: str, model: str, weights: str, batch: str, decode: str) -> None:
     """`clipgap embed`."""
     from clipgap_ray.cli import main
 
-    words = ["embed", source, "--out", out, "--model", model, "--batch-size", str(BATCH), "--decode", decode, "--yes"]
+    words = ["embed", source, "--out", out, "--model", model, "--batch-size", batch, "--decode", decode, "--yes"]
     sys.exit(main([*words, *(["--pretrained", weights] if weights else [])]))
 
 
-def child_textbook(source: str, out: str, model: str, weights: str) -> None:
+def child_textbook(source: str, out: str, model: str, weights: str, batch: str) -> None:
     """The pipeline of Ray Data's own examples: read, transform row by row, encode in actors, write parquet."""
     import ray
     import torch
@@ -156,7 +157,7 @@ def child_textbook(source: str, out: str, model: str, weights: str) -> None:
     from clipgap_ray.stages.session import connect
 
     connect()
-    settings = EncoderSettings(model, weights, batch_size=BATCH)
+    settings = EncoderSettings(model, weights, batch_size=int(batch))
     exact = Preprocess(64 if model == "projection" else 224)
     if model == "projection":
         transform: Callable[[Image.Image], np.ndarray] = exact.resize
@@ -187,12 +188,13 @@ def child_textbook(source: str, out: str, model: str, weights: str) -> None:
 
     paths = sorted(str(path) for path in Path(source).glob("*.tar"))
     dataset = ray.data.read_webdataset(paths, override_num_blocks=len(paths)).map(prepare)
-    dataset.map_batches(Model, batch_size=BATCH, concurrency=os.cpu_count() or 1).write_parquet(out)
+    dataset.map_batches(Model, batch_size=int(batch), concurrency=os.cpu_count() or 1).write_parquet(out)
 
 
 def competitors(options: argparse.Namespace, weights: str) -> dict[str, Callable[[str, str], list[str]]]:
     """Commands by name: (source, out) -> words."""
     me = [sys.executable, __file__, "--child"]
+    batch = str(options.batch_size)
 
     def clip_retrieval(source: str, out: str) -> list[str]:
         shards = sorted(Path(source).glob("*.tar"))
@@ -200,16 +202,16 @@ def competitors(options: argparse.Namespace, weights: str) -> dict[str, Callable
         return [
             options.clip_retrieval, "inference", f"--input_dataset={pattern}", f"--output_folder={out}",
             "--input_format=webdataset", f"--clip_model=open_clip:{options.model}/{weights}", "--use_jit=False",
-            f"--batch_size={BATCH}", "--num_prepro_workers=1", "--enable_metadata=False",
+            f"--batch_size={batch}", "--num_prepro_workers=1", "--enable_metadata=False",
             f"--wds_number_file_per_input_file={options.per_shard}",
         ]  # fmt: skip
 
     found: dict[str, Callable[[str, str], list[str]]] = {
-        "clipgap embed": lambda source, out: [*me, "clipgap", source, out, options.model, weights, "exact"],
+        "clipgap embed": lambda source, out: [*me, "clipgap", source, out, options.model, weights, batch, "exact"],
         "clipgap embed --decode fast": lambda source, out: [
-            *me, "clipgap", source, out, options.model, weights, "fast"
+            *me, "clipgap", source, out, options.model, weights, batch, "fast"
         ],
-        "textbook Ray Data": lambda source, out: [*me, "textbook", source, out, options.model, weights],
+        "textbook Ray Data": lambda source, out: [*me, "textbook", source, out, options.model, weights, batch],
     }  # fmt: skip
     if options.model == "projection":
         print("clip-retrieval: skipped, it knows CLIP models only")
@@ -237,7 +239,7 @@ def compare(options: argparse.Namespace) -> None:
         best: list[tuple[float, float]] = []
         found: dict[str, list[tuple[float, float]]] = {}
         for number in range(options.rounds):
-            best.append(ideal(images, EncoderSettings(options.model, weights, batch_size=BATCH)))
+            best.append(ideal(images, EncoderSettings(options.model, weights, batch_size=options.batch_size)))
             for name, words in competitors(options, weights).items():
                 few, many = (
                     measure(words(sources[rows], str(Path(root, f"{name}-{rows}-{number}".replace(" ", "_")))))
@@ -312,7 +314,7 @@ def over_time(options: argparse.Namespace) -> None:
         images = [photograph(options.short, seed) for seed in range(128)]
         source = write_shards(Path(root, "pool"), options.memory, options.per_shard, images)
         words = [sys.executable, __file__, "--child", "clipgap", source, str(Path(root, "emb")), "projection", ""]
-        cost = measure([*words, "exact"], every_s=2.0)
+        cost = measure([*words, str(options.batch_size), "exact"], every_s=2.0)
     lines: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for seconds, title, pid, size in cost.memory:
         lines.setdefault((title, pid), []).append((seconds, size / 1e6))
@@ -339,6 +341,7 @@ def main() -> None:
     parser.add_argument("--model", default="ViT-B-32", help="open_clip name (random weights), or projection")
     parser.add_argument("--few", type=int, default=512, help="images of the short run")
     parser.add_argument("--many", type=int, default=1536, help="images of the long run")
+    parser.add_argument("--batch-size", type=int, default=64, help="of everybody; images of a tar are a multiple of it")
     parser.add_argument("--per-shard", type=int, default=64)
     parser.add_argument("--short", type=int, default=256, help="short side of the JPEGs in pixels")
     parser.add_argument("--rounds", type=int, default=1)

@@ -7,6 +7,7 @@ images needs the counts and not the images, so a table of published accuracies c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -169,4 +170,38 @@ def paired_drop(before: np.ndarray, after: np.ndarray, confidence: float = CONFI
         se_seeds = float(np.sqrt(sum(variances)))
     reach = stats.norm.ppf((1 + confidence) / 2) * np.sqrt(np.nansum([se_images**2, se_seeds**2]))
     value = float(per_image.mean())
+    return Drop(value, value - float(reach), value + float(reach), se_images, se_seeds)
+
+
+def mean_drop(before: Sequence[np.ndarray], after: Sequence[np.ndarray], confidence: float = CONFIDENCE) -> Drop:
+    """Compare two training sets by their mean accuracy over several test sets, paired by image and by seed.
+
+    A seed stands for the initial weights, so what is good or bad about it for both sets cancels; few are left to judge
+    the rest by, hence Student's t with s - 1 degrees of freedom. The squares of both reaches are added, which is on
+    the safe side, since the spread over seeds already holds a part of the image noise.
+
+    Args:
+        before: Per test set (s, n) bool or float, correct per seed and image; n may differ between test sets.
+        after: Likewise, same images and seeds in the same order.
+        confidence: Coverage of the interval.
+
+    Returns:
+        The drop mean(before) - mean(after), every test set weighing the same, with its interval.
+
+    Raises:
+        ValueError: If there is no test set, or images or seeds differ.
+    """
+    if not before or [side.shape for side in before] != [side.shape for side in after]:
+        shapes = [[side.shape for side in sides] for sides in (before, after)]
+        raise ValueError(f"expected the same seeds and images on both sides: got {shapes[0]} and {shapes[1]}")
+    deltas = [np.asarray(b, np.float64) - np.asarray(a, np.float64) for b, a in zip(before, after, strict=True)]
+    per_image = [delta.mean(axis=0) for delta in deltas]
+    se_images = float(np.sqrt(sum(one.var(ddof=1) / len(one) for one in per_image)) / len(deltas))
+    per_seed = np.mean([delta.mean(axis=1) for delta in deltas], axis=0)
+    reach = stats.norm.ppf((1 + confidence) / 2) * se_images
+    se_seeds = float("nan")
+    if len(per_seed) > 1:
+        se_seeds = float(per_seed.std(ddof=1) / np.sqrt(len(per_seed)))
+        reach = np.hypot(reach, stats.t.ppf((1 + confidence) / 2, len(per_seed) - 1) * se_seeds)
+    value = float(per_seed.mean())
     return Drop(value, value - float(reach), value + float(reach), se_images, se_seeds)

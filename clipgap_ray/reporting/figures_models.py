@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from clipgap_ray.kernels import robustness
 from clipgap_ray.reporting.figures import names_in_order
@@ -35,6 +35,8 @@ def pruning_curves(curves: list[Record], theme: Theme) -> Figure:
     """Accuracy against rows kept, one panel per test set, near, random, far and core (figure 4)."""
     tests = names_in_order(curves)
     figure, axes = grid(len(tests), height=3.1)
+    sizes = [r["rows"] for r in curves if r["rows"]]
+    wide = bool(sizes) and max(sizes) > 20 * min(sizes)  # sizes by halves: the smallest would lie on each other
     for axis, test in zip(axes, tests, strict=True):
         rows = [r for r in curves if r["test"] == test]
         full = [r for r in rows if r["kind"] == "full"][:1]
@@ -52,7 +54,11 @@ def pruning_curves(curves: list[Record], theme: Theme) -> Figure:
         axis.set_xlabel("pool images kept")
         _at_least(axis, 0.1)
         axis.yaxis.set_major_formatter(PercentFormatter(1))
-        axis.xaxis.set_major_locator(MaxNLocator(5))
+        if wide:
+            axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         axis.margins(x=0.08)
     axes[0].set_ylabel("accuracy (top 1)")

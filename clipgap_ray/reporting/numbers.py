@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from clipgap_ray.reporting import (
     causal,
+    core_sets,
     density,
     fewshot,
     found,
@@ -35,6 +36,7 @@ class Numbers:
     bins: list[Record]
     correlations: list[Record]
     curves: list[Record]
+    core_sets: list[Record]
     panels: list[RobustnessPanel]
     checks: list[Record]
     density: list[Record]
@@ -74,6 +76,7 @@ class Numbers:
             "accuracy_by_similarity": self.bins,
             "similarity_correlations": self.correlations,
             "pruning_curves": self.curves,
+            "core_sets": self.core_sets,
             "effective_robustness": robustness,
             "effective_robustness_lines": [{"test": p.test, **line} for p in self.panels for line in p.axes],
             "effective_robustness_leave_one_out": [{"test": p.test, **line} for p in self.panels for line in p.without],
@@ -126,6 +129,7 @@ def compute(study: Study, bin_width: float, draws: int, seed: int) -> Numbers:
         bins=similarity.accuracy_by_similarity(study, similarity.bin_width(study, bin_width)),
         correlations=similarity.rank_correlations(study, draws, seed),
         curves=tables.pruning_curves(study, accuracy),
+        core_sets=core_sets.changes(study),
         panels=robust.panels(study, accuracy, draws, seed),
         checks=similarity.gap_check(study),
         density=density.neighbour_curves(study),

@@ -7,6 +7,7 @@ from typing import Any
 
 from clipgap_ray.reporting import (
     causal,
+    core_sets,
     density,
     fewshot,
     figures,
@@ -33,6 +34,7 @@ def build(study: Study, numbers: Numbers, pictures: galleries.Thumbnails, galler
         _histograms(numbers),
         _accuracy_by_similarity(numbers),
         _pruning(numbers),
+        *([core_sets.section(numbers.core_sets)] if numbers.core_sets else []),
         *([_fewshot(study, numbers)] if numbers.fewshot else []),
         sections_robustness.section(study, numbers),
         _galleries(study, pictures, gallery_rows),

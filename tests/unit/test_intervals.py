@@ -67,3 +67,27 @@ def test_images_are_resampled_jointly_for_all_models() -> None:
     assert (means[:, 0] == means[:, 1]).all()
     assert means[:, 0] + means[:, 2] == pytest.approx(1)
     assert means[:, 0].std() == pytest.approx(np.sqrt(one.mean() * (1 - one.mean()) / 200), rel=0.06)
+
+
+def test_mean_drop_is_that_of_a_loop_and_covers_what_is_luck() -> None:
+    rng = np.random.default_rng(3)
+    before, after = ([rng.random((3, n)) < rate for n in (50, 80)] for rate in (0.7, 0.6))
+    drop = intervals.mean_drop(before, after)
+    per_seed = [np.mean([b[s].mean() - a[s].mean() for b, a in zip(before, after, strict=True)]) for s in range(3)]
+    assert drop.value == pytest.approx(np.mean(per_seed))
+    assert drop.se_seeds == pytest.approx(np.std(per_seed, ddof=1) / np.sqrt(3))
+    spread = [np.var(b.mean(axis=0) - a.mean(axis=0), ddof=1) / b.shape[1] for b, a in zip(before, after, strict=True)]
+    assert drop.se_images == pytest.approx(np.sqrt(sum(spread)) / 2)
+    assert (drop.low + drop.high) / 2 == pytest.approx(drop.value)
+    assert np.isnan(intervals.mean_drop([b[:1] for b in before], [a[:1] for a in after]).se_seeds)
+    for sides in (([], []), (before, after[:1]), ([before[0]], [after[1]])):
+        with pytest.raises(ValueError, match="same seeds and images"):
+            intervals.mean_drop(*sides)
+    misses = 0
+    for _ in range(150):  # two training sets that differ by luck only, of photos and of what a seed does to both
+        ease = [rng.normal(0, 1, n) for n in (120, 200)]
+        luck = rng.normal(0, 0.5, (3, 1)) + rng.normal(0, 0.2, (2, 3, 1))
+        sides = [[rng.random((3, len(e))) < 1 / (1 + np.exp(-(e + own))) for e in ease] for own in luck]
+        drop = intervals.mean_drop(*sides)
+        misses += not drop.low <= 0 <= drop.high
+    assert misses <= 14
