@@ -3,7 +3,8 @@
 `ray`: two gloo workers, alternating blocks, samples/s between the first row of metrics and the last: start-up does not
 count. `torchrun` is the same model, plan and step function (`train_loop.run_steps`) without Ray, compared with itself,
 too; `open_clip` is open_clip_train.main on the same shards, model, batch and number of samples, one loader process per
-rank (needs webdataset and braceexpand).
+rank (needs webdataset of at most 0.2.86 and braceexpand: `pip install --no-deps --target peer webdataset==0.2.86
+braceexpand`, and `--peer peer`).
 `split`: one process on half of a pool where it lies, and on a copy of that half; with training, and the loader alone.
 
     python benchmarks/train.py ray [--model conv-64] [--steps 60] [--blocks 5]
@@ -97,6 +98,16 @@ def torchrun_worker(plan_path: str, out: str) -> None:
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
 
 
+def open_clip_worker(flags: list[str]) -> None:
+    """Run one rank of open_clip's program, which names DDP a device: torch refuses that on CPUs."""
+    from open_clip_train.main import main as open_clip_main
+
+    ddp = torch.nn.parallel.DistributedDataParallel
+    torch.nn.parallel.DistributedDataParallel = lambda model, device_ids=None, **words: ddp(model, **words)  # type: ignore[assignment, misc]
+    register_models()
+    open_clip_main(flags)
+
+
 def open_clip_rate(options: argparse.Namespace, pool: Path, out: Path) -> float:
     """samples/s of open_clip's program, from when its lines come."""
     words = {
@@ -108,8 +119,9 @@ def open_clip_rate(options: argparse.Namespace, pool: Path, out: Path) -> float:
     flags = [word for key, value in words.items() for word in (f"--{key}", str(value))]
     flags += ["--local-loss", "--gather-with-grad", "--skip-scheduler"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [options.peer, os.environ.get("PYTHONPATH")]))
     seen, said = [], []
-    command = [*LAUNCHER, __file__, "open_clip", *flags]
+    command = [*LAUNCHER, __file__, "open_clip", json.dumps(flags)]  # torchrun takes --logs for one of its own
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as run:
         for line in run.stdout or ():
             said.append(line)
@@ -198,6 +210,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--peer", default="", help="a folder with the webdataset that open_clip's program needs")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(filesystems.filesystem(name)[1])
@@ -217,9 +230,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         torchrun_worker(*sys.argv[2:])
     elif sys.argv[1:2] == ["open_clip"]:
-        from open_clip_train.main import main as open_clip_main
-
-        register_models()
-        open_clip_main(sys.argv[2:])
+        open_clip_worker(json.loads(sys.argv[2]))
     else:
         main()
