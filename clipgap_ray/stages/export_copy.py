@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import tarfile
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ Members = list[tuple[str, bytes]]  # (suffix, bytes) in order
 
 SHARD_FORMAT = "{:08d}.tar"
 STATS_FORMAT = "{:08d}_stats.json"
+CHANGED = "the source changed meanwhile: export into another --out"
 
 
 def write_shard(uri: str, number: int, slices: list[Slice], write_uid: bool) -> dict[str, Any]:
@@ -94,23 +96,30 @@ def _from_tar(piece: Slice, rows: list[dict[str, Any]]) -> Iterator[Members]:
 def _from_parquet(piece: Slice, rows: list[dict[str, Any]]) -> Iterator[Members]:
     """The image's bytes as they are; the caption as txt, all columns but those of bytes as json."""
     _check_size(piece)
-    wanted = {row["row"] for row in rows}
     samples = (item for item in read_shard(piece.shard) if isinstance(item, Sample))
-    for row, sample in enumerate(samples):
-        if row in wanted:
-            yield _row_members(sample)
-        if row >= rows[-1]["row"]:
-            return
+    numbered = enumerate(samples)
+    for row in rows:
+        sample = next((one for number, one in numbered if number == row["row"]), None)
+        if sample is None or sample.uid != row["uid"]:
+            raise DataError(f"{piece.shard.uri}: row {row['row']} is no longer {row['uid']}", hint=CHANGED)
+        yield _row_members(sample)
 
 
 def _row_members(sample: Sample) -> Members:
     members = [(_image_suffix(sample.image), sample.image)]
     if sample.caption:
         members.append(("txt", sample.caption.encode()))
-    # JSON knows neither bytes nor NaN, and dates only as texts.
-    fields = {name: None if value != value else value for name, value in sample.fields.items()
-              if not isinstance(value, bytes)}  # fmt: skip
+    fields = {name: _plain(value) for name, value in sample.fields.items() if not isinstance(value, bytes)}
     return [*members, ("json", json.dumps(fields, default=str).encode())] if fields else members
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say of a value: it knows neither bytes nor NaN (null), and dates only as texts."""
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, bytes) or (isinstance(value, float) and not math.isfinite(value)) else value
 
 
 def _image_suffix(image: bytes) -> str:
@@ -137,7 +146,7 @@ def _check_size(piece: Slice) -> None:
     if (size := store.size(uri)) != piece.num_bytes:
         raise DataError(
             f"{uri} has {size} bytes, but had {piece.num_bytes} when it was indexed",
-            hint="the source changed meanwhile: export into another --out",
+            hint=CHANGED,
         )
 
 

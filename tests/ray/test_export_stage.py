@@ -239,6 +239,7 @@ def test_rows_of_parquet_become_members(tmp_path: Path) -> None:
         "similarity": [0.25, float("nan"), 0.0, 0.5, None],
         "taken": [datetime.date(2020, 1, n + 1) for n in range(5)],
         "thumbnail": [b"\x00"] * 5,
+        "nested": [{"raw": b"\x00", "values": [0.5, float("nan")]}] * 5,
     })  # fmt: skip
     for name in ("0.parquet", "1.parquet"):
         rows = table if name[0] == "0" else table.set_column(2, "url", [[f"http://y/{n}" for n in range(5)]])
@@ -259,6 +260,7 @@ def test_rows_of_parquet_become_members(tmp_path: Path) -> None:
     assert "txt" not in found[2][1]  # no caption
     assert json.loads(found[0][1]["json"]) == {
         "caption": "é", "url": "http://x/0", "similarity": 0.25, "taken": "2020-01-01", "uid": chosen[0].uid,
+        "nested": {"raw": None, "values": [0.5, None]},
     }  # fmt: skip
     assert json.loads(found[1][1]["json"])["similarity"] is None
     assert [s.uid for s in samples_of(str(tmp_path / "out"))] == [s.uid for s in chosen]
@@ -266,6 +268,25 @@ def test_rows_of_parquet_become_members(tmp_path: Path) -> None:
     run(split, str(tmp_path / "pool"), tmp_path / "again", shard_size=4, write_uid=True, workers=1)
     after = datacomp_files(tmp_path / "again")
     assert all(after[name] == data for name, data in before.items() if name != "meta.json")
+
+
+def test_parquet_that_changed_between_the_passes_is_refused(tmp_path: Path) -> None:
+    """Of the same size: the rows say who they are."""
+    path = str(tmp_path / "pool" / "0.parquet")
+    for order, problem in (([0, 1, 2], None), ([0, 2, 1], "row 1 is no longer")):
+        urls = [f"http://x/{n}" for n in order]
+        store.write_table(path, pa.table({"image": [made.jpeg(7)] * 3, "caption": ["c"] * 3, "url": urls}))
+        size = Path(path).stat().st_size
+        if problem is None:
+            before = size
+            split = subset_file(tmp_path / "s.npy", [s.uid for s in samples_of(str(tmp_path / "pool"))[1:]])
+            run(split, str(tmp_path / "pool"), tmp_path / "out")
+            for commit in (tmp_path / "out" / "commits").iterdir():
+                commit.unlink()  # as if the second pass had not begun
+        else:
+            assert size == before
+            with pytest.raises(DataError, match=problem):
+                run(split, str(tmp_path / "pool"), tmp_path / "out")
 
 
 def test_files_of_folders_become_members(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,25 @@ def test_every_set_is_compared_with_the_whole_pool(root: Path) -> None:
         assert record["change_pp"] == pytest.approx(100 * (own - whole))
         assert record["low_pp"] < record["change_pp"] < record["high_pp"]
         assert record["num_seeds"] == 3
+
+
+def test_what_was_trained_otherwise_is_not_compared(root: Path) -> None:
+    study = Study.open(str(root))
+    arms = {arm.split: arm for arm in core_sets.arms(study) if not arm.supervised}
+    core = arms["far-sketch-200"]
+    assert core_sets._whole(study, core) == arms["full"]
+    for other in ({"num_samples_seen": 1}, {"model": "other"}, {"train_on": "elsewhere"}):
+        assert core_sets._whole(study, replace(core, **other)) is None
+
+
+def test_core_sets_of_other_test_sets_are_another_question(root: Path) -> None:
+    records = [dict(r) for r in core_sets.changes(Study.open(str(root)))]
+    records[1]["tests"] = "val"
+    made = core_sets.section(records)
+    assert [len(table.rows) for table in made.tables] == [4, 1]
+    assert [plot.name for plot in made.plots] == ["core_sets", "core_sets_1"]
+    assert "over 2 test sets" in made.conclusion
+    assert "on val" in made.conclusion
 
 
 def test_the_sentence_names_the_smallest_set_within_a_point(root: Path) -> None:
