@@ -348,9 +348,13 @@ def over_time(options: argparse.Namespace) -> None:
         source = write_shards(Path(root, "pool"), options.memory, options.per_shard, images)
         words = [sys.executable, __file__, "--child", "clipgap", source, str(Path(root, "emb")), "projection", ""]
         cost = measure([*words, str(options.batch_size), "exact"], every_s=2.0)
+    titles: dict[int, list[str]] = {}
+    for _, title, pid, _ in cost.memory:
+        titles.setdefault(pid, []).append(title)
+    usual = {pid: statistics.mode(own) for pid, own in titles.items()}  # Ray renames a worker with every task
     lines: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    for seconds, title, pid, size in cost.memory:
-        lines.setdefault((title, pid), []).append((seconds, size / 1e6))
+    for seconds, _, pid, size in cost.memory:
+        lines.setdefault((usual[pid], pid), []).append((seconds, size / 1e6))
     figure, axis = plt.subplots(figsize=(7, 3.5))
     for (title, pid), points in sorted(lines.items(), key=lambda item: -max(size for _, size in item[1])):
         seconds, sizes = zip(*points, strict=True)

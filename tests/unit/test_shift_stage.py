@@ -96,3 +96,21 @@ def test_without_names_all_groups_are_taken_but_those_that_share_no_class(tmp_pa
             ShiftSettings.load({"out": "x", "predictions": files, "groups": groups}, "shift")
     with pytest.raises(ConfigError, match="columns of two"):
         ShiftSettings.load({"out": "x", "table": str(TABLE), "groups": ("a", "b", "c")}, "shift")
+
+
+def test_ways_of_asking_are_compared_on_groups_that_share_a_class(tmp_path) -> None:
+    """The second largest group, which stands next to the base, lies in a class of its own."""
+    sizes = {"day": 20, "space": 15, "dusk": 10}
+    for name, right in (("m", 6), ("w", 2)):
+        rows = [
+            {"uid": f"{c}{g}{i}", "class_name": c, "group": g, "correct": i < right}
+            for g, size in sizes.items() for c in (("z",) if g == "space" else ("a",)) for i in range(size)
+        ]  # fmt: skip
+        store.write_table(str(tmp_path / f"{name}.parquet"), pa.Table.from_pylist(rows))
+    files = {"predictions": (f"m={tmp_path}/m.parquet",), "variants": (f"m:few={tmp_path}/w.parquet",)}
+    summary = shift.run(ShiftSettings(out=str(tmp_path / "o"), draws=50, **files))
+    rows = list(csv.DictReader((tmp_path / "o" / "variants.csv").open()))
+    assert [(r["variant"], float(r["balanced_day"]), float(r["balanced_dusk"])) for r in rows] == [
+        (rows[0]["variant"], 0.3, 0.6), ("few", 0.1, 0.2),
+    ]  # fmt: skip
+    assert summary.extra["warnings"] == ["m: no class has photos of both day and space"]
