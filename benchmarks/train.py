@@ -7,7 +7,7 @@ rank (needs webdataset of at most 0.2.86 and braceexpand: `pip install --no-deps
 braceexpand`, and `--peer peer`).
 `split`: one process on half of a pool where it lies, and on a copy of that half; with training, and the loader alone.
 
-    python benchmarks/train.py ray [--model conv-64] [--steps 60] [--blocks 5]
+    python benchmarks/train.py ray [--model conv-64] [--steps 300] [--blocks 5]
     python benchmarks/train.py split [--images 2000] [--size 256] [--blocks 5]
 """
 
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--model", default="conv-64")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--peer", default="", help="a folder with the webdataset that open_clip's program needs")
     options = parser.parse_args()

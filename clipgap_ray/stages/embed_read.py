@@ -176,10 +176,6 @@ def read_chunks(work: Work, plan: ReadPlan) -> Iterator[pa.Table]:
     blocked = ray.get(plan.blocklist) if isinstance(plan.blocklist, ray.ObjectRef) else plan.blocklist
     node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
     makers = distinct_pixels(plan.preprocess)
-    if makers[0].shrink_to:
-        import torch
-
-        torch.set_num_threads(1)  # a read task has half a core
     lacking = {plan.preprocess[output] for output in work.outputs}
     batch = _Batch(work.shard, makers, [maker in lacking for maker in makers], plan.batch_size)
     for item in plan.test_set.read(work.shard) if plan.test_set else read_shard(work.shard):

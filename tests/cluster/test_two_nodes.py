@@ -20,15 +20,17 @@ from tests import made
 pytestmark = [pytest.mark.cluster]
 LIMIT_S = 240.0
 
-# One CPU a node and one CPU a task: with two tasks in flight, both nodes must work.
+# One CPU a node and one CPU a task: with two tasks in flight, both nodes must work. Beside a GPU there are cores for a
+# read of every shard, and as many on the other node: where reads go is then a choice, not a matter of time.
 DRIVER = """
 import importlib, json, os, sys, time
 import ray
 from ray.cluster_utils import Cluster
 work, lose, gpu = json.loads(sys.argv[1]), sys.argv[2] == "lose", sys.argv[2] == "gpu"
-head = {"num_cpus": 1, "object_store_memory": 150_000_000, "include_dashboard": False, "temp_dir": sys.argv[3]}
+head = {"num_cpus": 4 if gpu else 1, "object_store_memory": 150_000_000, "include_dashboard": False}
+head["temp_dir"] = sys.argv[3]
 cluster = Cluster(initialize_head=True, head_node_args=head)
-more = {"num_cpus": 2, "num_gpus": 1} if gpu else {"num_cpus": 1}
+more = {"num_cpus": 4, "num_gpus": 1} if gpu else {"num_cpus": 1}
 other = cluster.add_node(object_store_memory=150_000_000, **more)
 os.environ["RAY_ADDRESS"] = cluster.address
 from clipgap_ray.stages import session
@@ -109,9 +111,9 @@ def test_shards_are_decoded_beside_the_gpu_first(
              "batch_size": 16}  # fmt: skip
     run([("clipgap_ray.stages.embed", "clipgap_ray.config.embed:EmbedSettings", words)], temp_dir, "gpu")
     summary = json.loads(Path(tmp_path, "e", "summary.json").read_text())
-    pixels = summary["kept"] * 3 * 64**2
-    # spread over both nodes, as Ray Data does by itself, about half of the pixels would travel
-    assert summary["cross_node_bytes"] < 0.3 * pixels, summary["cross_node_bytes"] / pixels
+    assert summary["kept"] > 0
+    # Spread over both nodes, as Ray Data does by itself, about half of the pixels would travel.
+    assert summary["cross_node_bytes"] == 0
     assert (
         made.files_below(f"{tmp_path}/e/img_emb").keys()
         == made.files_below(f"{tiny_embeddings['pool']}/img_emb").keys()
