@@ -74,7 +74,7 @@ def grey_thumbnail(picture: Image.Image) -> np.ndarray:
 
 
 def _own_pixels(picture: Image.Image) -> np.ndarray | None:
-    """Return Pillow's own memory of an RGB picture as (h, w, 4) uint8; None where it is in pieces, or of another mode."""
+    """Return Pillow's memory of an RGB picture, (h, w, 4) uint8; None where it is in pieces or of another mode."""
     if picture.mode != "RGB":
         return None
     try:

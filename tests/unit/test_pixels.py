@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from clipgap_ray.encoder import EncoderSettings
-from clipgap_ray.pixels import ImageError, Preprocess, grey_thumbnail, open_picture
+from clipgap_ray.pixels import ImageError, Preprocess, open_picture
 
 # What `embed --decode fast` promises (benchmarks/embed.md): cosine between the rows of both ways.
 # The worst is `projection` on 341 x 256: a quarter is 64 pixels high, and the crop moves by half of one.
@@ -71,14 +71,6 @@ def test_exact_pixels_are_those_of_resize_and_crop(size: tuple[int, int], interp
     made = Preprocess(48, interpolation, mode).resize(image)
     assert np.array_equal(made, expected)
     assert made.flags.c_contiguous
-
-
-@pytest.mark.parametrize("size", [(500, 340), (340, 501), (30, 20), (700, 100), (64, 65), (2300, 2000)])
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_thumbnails_are_pillows_own(size: tuple[int, int], mode: str) -> None:
-    image = picture(size[0] // 4 + 1, size[1] // 4 + 1, seed=6).resize(size).convert(mode)
-    plain = image.convert("L").resize((32, 32), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    assert np.array_equal(grey_thumbnail(image), np.asarray(plain))
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA"])
