@@ -21,16 +21,16 @@ pytestmark = [pytest.mark.cluster]
 LIMIT_S = 240.0
 
 # One CPU a node and one CPU a task: with two tasks in flight, both nodes must work. Beside a GPU there are cores for a
-# read of every shard, and as many on the other node: where reads go is then a choice, not a matter of time.
+# read of each of the 11 shards, and as many on the other node: where reads go is then a choice, not a matter of time.
 DRIVER = """
 import importlib, json, os, sys, time
 import ray
 from ray.cluster_utils import Cluster
 work, lose, gpu = json.loads(sys.argv[1]), sys.argv[2] == "lose", sys.argv[2] == "gpu"
-head = {"num_cpus": 4 if gpu else 1, "object_store_memory": 150_000_000, "include_dashboard": False}
+head = {"num_cpus": 5 if gpu else 1, "object_store_memory": 150_000_000, "include_dashboard": False}
 head["temp_dir"] = sys.argv[3]
 cluster = Cluster(initialize_head=True, head_node_args=head)
-more = {"num_cpus": 4, "num_gpus": 1} if gpu else {"num_cpus": 1}
+more = {"num_cpus": 5, "num_gpus": 1} if gpu else {"num_cpus": 1}
 other = cluster.add_node(object_store_memory=150_000_000, **more)
 os.environ["RAY_ADDRESS"] = cluster.address
 from clipgap_ray.stages import session
