@@ -56,7 +56,7 @@ def around(
         k: Neighbours.
         deltas: Distances below tau.
     """
-    cuts = [nearest.begin(queries, k) for _ in keeps]
+    cuts = [nearest.Pass(queries, k) for _ in keeps]
     transposed = np.ascontiguousarray(queries.rows.astype(np.float32).T)
     edges = (queries.tau[:, None] - np.asarray(deltas, np.float64)[None, :]).astype(np.float32)
     within = np.zeros((len(keeps), *edges.shape), np.int64)

@@ -19,11 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
+from clipgap_ray.kernels.nearest_loops import count_violations, fold_pool, fold_queries
 from clipgap_ray.kernels.vectors import error_bound, exact_matrix, exact_pairs
 
 BLOCK_ROWS = 512  # (512, 7000) float32 = 14 MB: larger blocks fall out of cache, smaller ones starve BLAS
+SCREEN_FROM = 1 << 20  # numbers in the queries from which on a faster product is worth loading torch
 SPARE = 8  # candidates kept beyond k, so that the exact order of the first k is almost always certain
 
 
@@ -156,18 +157,18 @@ class Pass:
     def _fold(self, rows: np.ndarray, row_ids: np.ndarray, scores: PoolScores) -> None:
         product = rows.astype(np.float32) @ self._transposed
         offsets = self.queries.offsets
-        _fold_pool(product, offsets, self._tau, scores.m, scores.arg_m, scores.margin, scores.arg_margin)
+        fold_pool(product, offsets, self._tau, scores.m, scores.arg_m, scores.margin, scores.arg_margin)
         self.fold_lists(product, row_ids)
         if scores.violations is not None:
             near = np.zeros(len(rows), np.int64)
-            _count_violations(product, offsets, self._tau, np.float32(2 * self.bound), scores.violations, near)
+            count_violations(product, offsets, self._tau, np.float32(2 * self.bound), scores.violations, near)
             at = np.nonzero(near)[0]
             row, query = np.nonzero(np.abs(product[at] - self._tau) <= np.float32(2 * self.bound))
             self._decide_violations(rows, at[row], query, scores.violations)
 
     def fold_lists(self, product: np.ndarray, row_ids: np.ndarray) -> None:
         """Fold a (n, Q) float32 block of similarities into the lists; `settle` must follow with the same rows."""
-        _fold_queries(product, row_ids, self._heap, self._heap_ids, self._floor)
+        fold_queries(product, row_ids, self._heap, self._heap_ids, self._floor)
 
     def _decide_violations(self, rows: np.ndarray, row: np.ndarray, query: np.ndarray, counts: np.ndarray) -> None:
         """Add the pairs that float32 could not decide, by their exact similarity."""
@@ -207,10 +208,15 @@ def begin(queries: Queries, k: int, *, violations: bool = False, device: str = "
         queries: The stacked test rows.
         k: Nearest pool rows to keep per test row.
         violations: Count violated test rows too.
-        device: "cpu" (BLAS and compiled reductions) or a torch device such as "cuda".
+        device: "cpu" (BLAS and compiled reductions; for many queries a product in bfloat16 first, where the processor
+            has one) or a torch device such as "cuda".
     """
     if device == "cpu":
-        return Pass(queries, k, violations=violations)
+        if queries.rows.size < SCREEN_FROM or violations:
+            return Pass(queries, k, violations=violations)
+        from clipgap_ray.kernels.nearest_screened import ScreenedPass, supported
+
+        return (ScreenedPass if supported() else Pass)(queries, k)
     from clipgap_ray.kernels.nearest_torch import TorchPass
 
     return TorchPass(queries, k, violations=violations, device=device)
@@ -232,57 +238,6 @@ def _unscored(num_rows: int, num_sets: int, violations: bool) -> PoolScores:
         np.full(shape, -1, np.int64),
         np.zeros(shape, np.int32) if violations else None,
     )
-
-
-@njit(cache=True, nogil=True)
-def _fold_pool(product, offsets, tau, m, arg_m, margin, arg_margin):  # type: ignore[no-untyped-def]
-    """Segment-wise maxima of every row of the product; ties go to the first test row."""
-    for row in range(product.shape[0]):
-        for segment in range(len(offsets) - 1):
-            best, best_at = np.float32(-np.inf), -1
-            over, over_at = np.float32(-np.inf), -1
-            for q in range(offsets[segment], offsets[segment + 1]):
-                s = product[row, q]
-                if s > best:
-                    best, best_at = s, q
-                excess = s - tau[q]
-                if excess > over:
-                    over, over_at = excess, q
-            m[row, segment], arg_m[row, segment] = best, best_at
-            margin[row, segment], arg_margin[row, segment] = over, over_at
-
-
-@njit(cache=True, nogil=True)
-def _fold_queries(product, row_ids, heap, heap_ids, floor):  # type: ignore[no-untyped-def]
-    """Insert each score above a query's running k-th best into its sorted list; ties go to the smaller row id."""
-    width = heap.shape[1]
-    for row in range(product.shape[0]):
-        for q in range(product.shape[1]):
-            s = product[row, q]
-            if s < floor[q]:
-                continue
-            if s == floor[q] and heap_ids[q, width - 1] >= 0 and row_ids[row] > heap_ids[q, width - 1]:
-                continue
-            at = width - 1
-            while at > 0 and (heap[q, at - 1] < s or (heap[q, at - 1] == s and heap_ids[q, at - 1] > row_ids[row])):
-                heap[q, at] = heap[q, at - 1]
-                heap_ids[q, at] = heap_ids[q, at - 1]
-                at -= 1
-            heap[q, at], heap_ids[q, at] = s, row_ids[row]
-            floor[q] = heap[q, width - 1]
-
-
-@njit(cache=True, nogil=True)
-def _count_violations(product, offsets, tau, band, counts, near):  # type: ignore[no-untyped-def]
-    """Count what is surely above tau per segment; mark the rows that hold a pair within the band of it."""
-    for row in range(product.shape[0]):
-        for segment in range(len(offsets) - 1):
-            for q in range(offsets[segment], offsets[segment + 1]):
-                excess = product[row, q] - tau[q]
-                if excess > band:
-                    counts[row, segment] += 1
-                elif excess >= -band:
-                    near[row] = 1
 
 
 def _fold_best(best: np.ndarray, best_id: np.ndarray, query: np.ndarray, exact: np.ndarray, ids: np.ndarray) -> None:
