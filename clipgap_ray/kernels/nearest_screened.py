@@ -56,7 +56,7 @@ class ScreenedPass(Pass):
         )  # fmt: skip
 
     def rough(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (n, Q) bfloat16 similarities of (n, d) float32 rows, and how far they are from the truth, (n,) float32.
+        """Return (n, Q) bfloat16 similarities of (n, d) float32 rows, and how far off they are, (n,) float32.
 
         That is before they were rounded: rounding adds `nearest_loops.ROUNDED` of themselves.
         """
