@@ -31,7 +31,14 @@ def supported() -> bool:
 
 
 class ScreenedPass(Pass):
-    """`nearest.Pass` by a rough product; right on any CPU, and slow where `supported` is False."""
+    """`nearest.Pass` by a rough product; right on any CPU, and slow where `supported` is False.
+
+    Attributes:
+        begin_at: Rows per entry of the lists that the plain pass takes first: to lists of few rows' best too many pairs
+            can matter.
+    """
+
+    begin_at = 32
 
     def _start_lists(self, width: int) -> None:
         super()._start_lists(width)
@@ -42,10 +49,13 @@ class ScreenedPass(Pass):
         nan = np.concatenate([[0], np.cumsum(np.isnan(self.queries.tau))])
         self._judged = nan[self.queries.offsets[1:]] == nan[self.queries.offsets[:-1]]
         self._exact_tau = np.nan_to_num(self.queries.tau)
+        self._seen = 0
 
     def _fold(self, rows: np.ndarray, row_ids: np.ndarray, scores: PoolScores) -> None:
-        if scores.violations is not None or not np.isfinite(self._floor).all():
-            super()._fold(rows, row_ids, scores)  # until the lists are full, every pair matters
+        early = self._seen < self.begin_at * self._heap.shape[1]
+        self._seen += len(rows)
+        if early or scores.violations is not None:
+            super()._fold(rows, row_ids, scores)
             return
         exact = torch.from_numpy(rows.astype(np.float32))
         product, reach = self.rough(exact)

@@ -44,7 +44,7 @@ def test_portions_equal_the_definitions(
     tau = [np.random.default_rng(seed + i).uniform(-0.2, 0.6, count) for i, count in enumerate(counts)]
     queries = queries_of(sets, tau)
     one = ScreenedPass(queries, k)
-    one.block_rows = 7
+    one.block_rows, one.begin_at = 7, 1
     scores, found = through(one, rows, ids, cuts), one.found()
     own = twins.similarities(rows, queries.rows) if num_rows and len(queries.rows) else np.zeros((num_rows, 0))
     for segment, test in enumerate(sets):
@@ -118,7 +118,7 @@ def test_a_set_without_thresholds_has_maxima_and_no_margin() -> None:
     sets = [made.unit_rows(40, 16, 1), made.unit_rows(40, 16, 2)]
     tau = [np.full(40, np.nan), np.full(40, 0.2)]
     one, plain = ScreenedPass(queries_of(sets, tau), 1), nearest.Pass(queries_of(sets, tau), 1)
-    one.block_rows = 16
+    one.block_rows, one.begin_at = 16, 1
     scores, expected = one.feed(rows, ids), plain.feed(rows, ids)
     assert np.isnan(scores.margin[:, 0]).all()
     assert np.allclose(scores.margin[:, 1], expected.margin[:, 1], atol=2 * one.bound, rtol=0)
