@@ -131,7 +131,8 @@ class Preprocess:
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         box = (left, top, left + self.size, top + self.size)
         if (width, height) != picture.size:
-            pixels = _own_pixels(picture) if resampling.rows_first(picture.size, (width, height)) else None
+            inside = left >= 0 and top >= 0  # else Pillow's crop adds black
+            pixels = _own_pixels(picture) if inside and resampling.rows_first(picture.size, (width, height)) else None
             if pixels is not None:
                 return resampling.resize_crop(pixels, (width, height), box, self.interpolation)
             picture = picture.resize((width, height), Image.Resampling[self.interpolation.upper()])

@@ -59,6 +59,9 @@ class ScreenedPass(Pass):
             return
         exact = torch.from_numpy(rows.astype(np.float32))
         product, reach = self.rough(exact)
+        if not torch.isfinite(reach).all():  # of a NaN nothing can be said, and the loops promise that none comes
+            super()._fold(rows, row_ids, scores)
+            return
         fold_screened(
             product.view(torch.int16).numpy().view(np.uint16), exact.numpy(), self._rows, self.queries.offsets,
             self._exact_tau.astype(np.float32), self._exact_tau, self._judged, reach.numpy(), row_ids,

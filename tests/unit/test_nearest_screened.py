@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,5 +134,23 @@ def test_it_is_chosen_for_many_queries_where_the_processor_has_bfloat16(monkeypa
         assert type(nearest.begin(many, 1)) is chosen
         assert type(nearest.begin(few, 1)) is nearest.Pass
         assert type(nearest.begin(many, 1, violations=True)) is nearest.Pass
-    monkeypatch.undo()
-    assert nearest_screened.supported() in (True, False)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="nothing else to ask what the processor can do")
+def test_what_the_processor_has_is_what_the_kernel_says() -> None:
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert nearest_screened.supported() == ("avx512_bf16" in flags or "amx_bf16" in flags)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_row_that_is_no_number_harms_no_other(bad: float) -> None:
+    rows, ids = made.unit_rows(60, 16, 0), np.arange(60, dtype=np.int64)
+    rows[33, 3] = bad
+    queries = queries_of([made.unit_rows(40, 16, 1)], [np.full(40, 0.2)])
+    one, plain = ScreenedPass(queries, 1), nearest.Pass(queries, 1)
+    one.block_rows, one.begin_at = 16, 1
+    with np.errstate(invalid="ignore"):
+        scores, expected = one.feed(rows, ids), plain.feed(rows, ids)
+    others = np.arange(60) != 33
+    assert np.array_equal(scores.arg_m[others], expected.arg_m[others])
+    assert np.allclose(scores.m[others], expected.m[others], atol=2 * one.bound, rtol=0)

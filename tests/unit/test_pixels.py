@@ -73,6 +73,12 @@ def test_exact_pixels_are_those_of_resize_and_crop(size: tuple[int, int], interp
     assert made.flags.c_contiguous
 
 
+def test_a_crop_larger_than_the_picture_is_filled_with_black() -> None:
+    image = picture(60, 40, seed=7)
+    whole = image.resize((48, 32), Image.Resampling.BICUBIC).crop((-8, -16, 56, 48))
+    assert np.array_equal(Preprocess(64, resize_to=32).resize(image), np.asarray(whole))
+
+
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA"])
 def test_other_modes_are_resized_exactly(mode: str) -> None:
     image = encoded(picture(90, 70, seed=2).convert(mode), "JPEG" if mode in ("L", "CMYK") else "PNG")
