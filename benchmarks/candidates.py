@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -46,20 +47,31 @@ def data(options: argparse.Namespace) -> tuple[np.ndarray, list[np.ndarray], lis
 
 
 def ours(pool: np.ndarray, tests: list[np.ndarray], tau: list[np.ndarray], folder: Path, chunk: int) -> int:
-    """One pass; m, margin and both arguments written as float32 and int64 columns. Returns the number removed."""
+    """One pass, as the stage's workers do it: each has one thread and its part of the rows, their lists are merged.
+
+    m, margin and both arguments are written as float32 and int32 columns. Returns the number removed.
+    """
     from clipgap_ray.kernels import nearest
 
     ids = [np.arange(len(rows), dtype=np.int64) for rows in tests]
-    one = nearest.begin(nearest.Queries.stack(tests, ids, tau), 1)
-    removed = 0
-    for start in range(0, len(pool), BLOCK):
-        rows = pool[start : start + BLOCK]
-        scores = one.feed(rows, np.arange(start, start + len(rows), dtype=np.int64))
-        np.savez(folder / f"scores-{start}.npz", m=scores.m, margin=scores.margin,
-                 arg_m=scores.arg_m.astype(np.int32), arg_margin=scores.arg_margin.astype(np.int32))  # fmt: skip
-        removed += int((scores.margin.max(axis=1) > 0).sum())
-    np.savez(folder / "queries.npz", **one.found().__dict__)
-    return removed
+    workers = torch.get_num_threads()
+
+    def part(worker: int) -> tuple[int, nearest.QueryNearest]:
+        torch.set_num_threads(1)
+        one = nearest.begin(nearest.Queries.stack(tests, ids, tau), 1)
+        removed = 0
+        for start in range(worker * BLOCK, len(pool), workers * BLOCK):
+            rows = pool[start : start + BLOCK]
+            scores = one.feed(rows, np.arange(start, start + len(rows), dtype=np.int64))
+            np.savez(folder / f"scores-{start}.npz", m=scores.m, margin=scores.margin,
+                     arg_m=scores.arg_m.astype(np.int32), arg_margin=scores.arg_margin.astype(np.int32))  # fmt: skip
+            removed += int((scores.margin.max(axis=1) > 0).sum())
+        return removed, one.found()
+
+    with threadpoolctl.threadpool_limits(1), ThreadPoolExecutor(workers) as threads:
+        parts = list(threads.map(part, range(workers)))
+    np.savez(folder / "queries.npz", **nearest.merge([found for _, found in parts]).__dict__)
+    return sum(removed for removed, _ in parts)
 
 
 def top_rows(queries: torch.Tensor, rows: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ In one file, since numba's cache of a function does not notice that one from ano
 from __future__ import annotations
 
 import numpy as np
+from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
@@ -78,7 +79,7 @@ def fold_screened(  # type: ignore[no-untyped-def]
     Args:
         rough: (n, Q) uint16, the bits of bfloat16 similarities.
         rows: (n, d) float32, holding float16 values.
-        queries: (Q, d) float32, likewise.
+        queries: (Q, d) uint16, the bits of float16 values: half the bytes, which come from beyond the cache.
         offsets: (T + 1,) int64.
         tau: (Q,) float32 thresholds without NaN.
         exact_tau: (Q,) float64, the same.
@@ -93,36 +94,62 @@ def fold_screened(  # type: ignore[no-untyped-def]
         heap_ids: (Q, k) int64.
         floor: (Q,) float32, their last entries.
     """
-    width = rough.shape[1]
-    bits = np.empty(width, np.uint32)
-    values = bits.view(np.float32)
+    found = np.empty(rough.shape[1], np.int64)
     for row in range(rough.shape[0]):
         line, near = rough[row], reach[row]
-        for q in range(width):
-            bits[q] = np.uint32(line[q]) << np.uint32(16)
         for segment in range(len(offsets) - 1):
             first, last = offsets[segment], offsets[segment + 1]
-            low, low_over = _largest(values[first:last], tau[first:last])
-            low, low_over = low - near, (low_over - near) if judged[segment] else np.float32(np.inf)
+            low, low_over = _largest(line[first:last], tau[first:last])
+            low, low_over = low - near - near, (low_over - near - near) if judged[segment] else np.float32(np.inf)
             best, best_at, over, over_at = -np.inf, -1, -np.inf, -1
-            for start in range(first, last, _CHUNK):
-                end = min(start + _CHUNK, last)
-                top, top_over, top_listed = _tops(values[start:end], tau[start:end], floor[start:end])
-                if top + near < low and top_over + near < low_over and top_listed + near < 0:
-                    continue
-                for q in range(start, end):
-                    upper = values[q] + ROUNDED * abs(values[q]) + near
-                    if upper < low and upper - tau[q] < low_over and upper < floor[q]:
-                        continue
-                    s = _exact(rows[row], queries[q])
-                    if s > best:
-                        best, best_at = s, q
-                    if judged[segment] and s - exact_tau[q] > over:
-                        over, over_at = s - exact_tau[q], q
-                    if np.float32(s) >= floor[q]:
-                        _insert(np.float32(s), row_ids[row], q, heap, heap_ids, floor)
+            for i in range(_find(line, tau, floor, first, last, low, low_over, near, found)):
+                q = found[i]
+                s = _exact(rows[row], queries[q])
+                if s > best:
+                    best, best_at = s, q
+                if judged[segment] and s - exact_tau[q] > over:
+                    over, over_at = s - exact_tau[q], q
+                if np.float32(s) >= floor[q]:
+                    _insert(np.float32(s), row_ids[row], q, heap, heap_ids, floor)
             m[row, segment], arg_m[row, segment] = best, best_at
             margin[row, segment], arg_margin[row, segment] = over, over_at
+
+
+@njit(cache=True, nogil=True)
+def _find(line, tau, floor, first, last, low, over, near, found):  # type: ignore[no-untyped-def]
+    """Write the places of the similarities that can matter; returns how many they are."""
+    count = 0
+    for start in range(first, last, _CHUNK):
+        end = min(start + _CHUNK, last)
+        if _most(line[start:end], tau[start:end], floor[start:end], low, over, near) < 0:
+            continue
+        for q in range(start, end):
+            found[count] = q
+            upper = _upper(line[q])
+            # Without branches, which could not be foretold.
+            count += np.int64(upper >= low) | np.int64(upper - tau[q] >= over) | np.int64(upper + near >= floor[q])
+    return count
+
+
+@intrinsic
+def _number(context, bits):  # type: ignore[no-untyped-def]
+    """The float32 of the uint16 that holds a bfloat16: said to LLVM, since a view would need a buffer."""
+
+    def code(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        wide = builder.shl(builder.zext(arguments[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(wide, ir.FloatType())
+
+    return types.float32(types.uint16), code
+
+
+@intrinsic
+def _half(context, bits):  # type: ignore[no-untyped-def]
+    """The float32 of the uint16 that holds a float16, which numba does not know."""
+
+    def code(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), code
 
 
 @intrinsic
@@ -137,25 +164,32 @@ def _larger(context, one, other):  # type: ignore[no-untyped-def]
     return types.float32(types.float32, types.float32), code
 
 
+@njit(cache=True, nogil=True)
+def _upper(bits):  # type: ignore[no-untyped-def]
+    """Largest similarity that is rounded to a bfloat16."""
+    value = _number(bits)  # type: ignore[call-arg]
+    return value + ROUNDED * abs(value)
+
+
 @njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
-def _largest(values, tau):  # type: ignore[no-untyped-def]
+def _largest(line, tau):  # type: ignore[no-untyped-def]
     """Largest similarity and excess over tau that rounding leaves for sure."""
     low, over = np.float32(-np.inf), np.float32(-np.inf)
-    for i in range(len(values)):
-        sure = values[i] - ROUNDED * abs(values[i])
+    for i in range(len(line)):
+        value = _number(line[i])  # type: ignore[call-arg]
+        sure = value - ROUNDED * abs(value)
         low, over = _larger(low, sure), _larger(over, sure - tau[i])  # type: ignore[call-arg]
     return low, over
 
 
 @njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
-def _tops(values, tau, floor):  # type: ignore[no-untyped-def]
-    """Largest similarity, excess over tau, and excess over the lists' last entries that rounding allows."""
-    top, over, listed = np.float32(-np.inf), np.float32(-np.inf), np.float32(-np.inf)
-    for i in range(len(values)):
-        upper = values[i] + ROUNDED * abs(values[i])
-        top, over = _larger(top, upper), _larger(over, upper - tau[i])  # type: ignore[call-arg]
-        listed = _larger(listed, upper - floor[i])  # type: ignore[call-arg]
-    return top, over, listed
+def _most(line, tau, floor, low, over, near):  # type: ignore[no-untyped-def]
+    """By how much rounding lets any similarity exceed the least that matters: `low`, tau + `over` or floor - `near`."""
+    most = np.float32(-np.inf)
+    for i in range(len(line)):
+        least = -_larger(-low, _larger(-over - tau[i], near - floor[i]))  # type: ignore[call-arg]
+        most = _larger(most, _upper(line[i]) - least)  # type: ignore[call-arg]
+    return most
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
@@ -163,5 +197,5 @@ def _exact(left, right):  # type: ignore[no-untyped-def]
     """The similarity of two float32 rows of float16 values: exact in float64, in any order (`vectors`)."""
     total = 0.0
     for i in range(len(left)):
-        total += np.float64(left[i]) * np.float64(right[i])
+        total += np.float64(left[i]) * np.float64(_half(right[i]))  # type: ignore[call-arg]
     return total

@@ -10,7 +10,7 @@ its maximum, of all pairs only those that reach a query's last entry can enter i
 computed exactly, so results are within the bound of the plain pass, and mostly the truth rounded to float32.
 
 Cost: beside the product two sweeps over it, and d multiplications for each pair that can matter. Memory beyond the
-plain pass: (Q, d) float32 and (BLOCK_ROWS, Q) bfloat16, and torch. Counts of violations are left to the plain pass:
+plain pass: (Q, d) and (BLOCK_ROWS, Q) bfloat16, and torch. Counts of violations are left to the plain pass:
 every pair near its threshold would matter. Not built: 8-bit integers, faster still, with several times as many pairs
 within reach.
 """
@@ -44,11 +44,12 @@ class ScreenedPass(Pass):
         super()._start_lists(width)
         exact = torch.from_numpy(self.queries.rows.astype(np.float32))
         rough = exact.bfloat16()
-        self._rows, self._columns = exact.numpy(), rough.T
+        self._columns = rough.T
         self._gap, self._size = _largest_norm(exact - rough.float()), _largest_norm(exact)
         nan = np.concatenate([[0], np.cumsum(np.isnan(self.queries.tau))])
         self._judged = nan[self.queries.offsets[1:]] == nan[self.queries.offsets[:-1]]
         self._exact_tau = np.nan_to_num(self.queries.tau)
+        self._float_tau = self._exact_tau.astype(np.float32)
         self._seen = 0
 
     def _fold(self, rows: np.ndarray, row_ids: np.ndarray, scores: PoolScores) -> None:
@@ -57,15 +58,15 @@ class ScreenedPass(Pass):
         if early or scores.violations is not None:
             super()._fold(rows, row_ids, scores)
             return
-        exact = torch.from_numpy(rows.astype(np.float32))
+        exact = torch.from_numpy(rows.copy()).float()  # faster than numpy's astype; torch warns of read-only arrays
         product, reach = self.rough(exact)
         if not torch.isfinite(reach).all():  # of a NaN nothing can be said, and the loops promise that none comes
             super()._fold(rows, row_ids, scores)
             return
         fold_screened(
-            product.view(torch.int16).numpy().view(np.uint16), exact.numpy(), self._rows, self.queries.offsets,
-            self._exact_tau.astype(np.float32), self._exact_tau, self._judged, reach.numpy(), row_ids,
-            scores.m, scores.arg_m, scores.margin, scores.arg_margin, self._heap, self._heap_ids, self._floor,
+            product.view(torch.int16).numpy().view(np.uint16), exact.numpy(), self.queries.rows.view(np.uint16),
+            self.queries.offsets, self._float_tau, self._exact_tau, self._judged, reach.numpy(), row_ids, scores.m,
+            scores.arg_m, scores.margin, scores.arg_margin, self._heap, self._heap_ids, self._floor,
         )  # fmt: skip
 
     def rough(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
