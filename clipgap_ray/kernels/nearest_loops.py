@@ -71,44 +71,47 @@ def count_violations(product, offsets, tau, band, counts, near):  # type: ignore
 
 @njit(cache=True, nogil=True)
 def fold_screened(  # type: ignore[no-untyped-def]
-    rough, rows, queries, offsets, tau, exact_tau, judged, reach, row_ids, m, arg_m, margin, arg_margin,
+    rough, rows, queries, pieces, base, tau, exact_tau, judged, reach, row_ids, m, arg_m, margin, arg_margin,
     heap, heap_ids, floor,
 ):  # fmt: skip
     """`fold_pool` and `fold_queries` at once, from a rough product: pairs that can matter are decided exactly.
 
     Args:
-        rough: (n, Q) uint16, the bits of bfloat16 similarities.
+        rough: (n, c) uint16, the bits of bfloat16 similarities to c of the queries.
         rows: (n, d) float32, holding float16 values.
-        queries: (Q, d) uint16, the bits of float16 values: half the bytes, which come from beyond the cache.
-        offsets: (T + 1,) int64.
-        tau: (Q,) float32 thresholds without NaN.
-        exact_tau: (Q,) float64, the same.
+        queries: (c, d) uint16, the bits of float16 values: half the bytes, which come from beyond the cache.
+        pieces: (p, 3) int64: first column, the one after the last, and their test set.
+        base: Stacked position of the first column.
+        tau: (c,) float32 thresholds without NaN.
+        exact_tau: (c,) float64, the same.
         judged: (T,) bool: whether the set has thresholds.
         reach: (n,) float32: how far similarities of the row can be from the truth before they are rounded.
         row_ids: (n,) int64.
-        m: (n, T) float32, written; as are the next three.
+        m: (n, T) float32, raised to what the pieces hold; as are the next three.
         arg_m: (n, T) int64.
         margin: (n, T) float32.
         arg_margin: (n, T) int64.
-        heap: (Q, k) float32, the lists so far.
-        heap_ids: (Q, k) int64.
-        floor: (Q,) float32, their last entries.
+        heap: (c, k) float32, the lists so far.
+        heap_ids: (c, k) int64.
+        floor: (c,) float32, their last entries.
     """
     found = np.empty(rough.shape[1], np.int64)
     for row in range(rough.shape[0]):
         line, near = rough[row], reach[row]
-        for segment in range(len(offsets) - 1):
-            first, last = offsets[segment], offsets[segment + 1]
+        for piece in range(len(pieces)):
+            first, last, segment = pieces[piece]
+            best, best_at = np.float64(m[row, segment]), arg_m[row, segment]
+            over, over_at = np.float64(margin[row, segment]), arg_margin[row, segment]
             low, low_over = _largest(line[first:last], tau[first:last])
-            low, low_over = low - near - near, (low_over - near - near) if judged[segment] else np.float32(np.inf)
-            best, best_at, over, over_at = -np.inf, -1, -np.inf, -1
+            low = max(low - near, m[row, segment]) - near
+            low_over = max(low_over - near, margin[row, segment]) - near if judged[segment] else np.float32(np.inf)
             for i in range(_find(line, tau, floor, first, last, low, low_over, near, found)):
                 q = found[i]
                 s = _exact(rows[row], queries[q])
                 if s > best:
-                    best, best_at = s, q
+                    best, best_at = s, base + q
                 if judged[segment] and s - exact_tau[q] > over:
-                    over, over_at = s - exact_tau[q], q
+                    over, over_at = s - exact_tau[q], base + q
                 if np.float32(s) >= floor[q]:
                     _insert(np.float32(s), row_ids[row], q, heap, heap_ids, floor)
             m[row, segment], arg_m[row, segment] = best, best_at
@@ -118,7 +121,7 @@ def fold_screened(  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def _find(line, tau, floor, first, last, low, over, near, found):  # type: ignore[no-untyped-def]
     """Write the places of the similarities that can matter; returns how many they are."""
-    count = 0
+    count = np.int64(0)
     for start in range(first, last, _CHUNK):
         end = min(start + _CHUNK, last)
         if _most(line[start:end], tau[start:end], floor[start:end], low, over, near) < 0:
@@ -167,7 +170,7 @@ def _larger(context, one, other):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def _upper(bits):  # type: ignore[no-untyped-def]
     """Largest similarity that is rounded to a bfloat16."""
-    value = _number(bits)  # type: ignore[call-arg]
+    value = _number(bits)  # type: ignore[call-arg, var-annotated]
     return value + ROUNDED * abs(value)
 
 
@@ -176,7 +179,7 @@ def _largest(line, tau):  # type: ignore[no-untyped-def]
     """Largest similarity and excess over tau that rounding leaves for sure."""
     low, over = np.float32(-np.inf), np.float32(-np.inf)
     for i in range(len(line)):
-        value = _number(line[i])  # type: ignore[call-arg]
+        value = _number(line[i])  # type: ignore[call-arg, var-annotated]
         sure = value - ROUNDED * abs(value)
         low, over = _larger(low, sure), _larger(over, sure - tau[i])  # type: ignore[call-arg]
     return low, over
@@ -187,7 +190,7 @@ def _most(line, tau, floor, low, over, near):  # type: ignore[no-untyped-def]
     """By how much rounding lets any similarity exceed the least that matters: `low`, tau + `over` or floor - `near`."""
     most = np.float32(-np.inf)
     for i in range(len(line)):
-        least = -_larger(-low, _larger(-over - tau[i], near - floor[i]))  # type: ignore[call-arg]
+        least = -_larger(-low, _larger(-over - tau[i], near - floor[i]))  # type: ignore[call-arg, var-annotated]
         most = _larger(most, _upper(line[i]) - least)  # type: ignore[call-arg]
     return most
 

@@ -10,7 +10,7 @@ its maximum, of all pairs only those that reach a query's last entry can enter i
 computed exactly, so results are within the bound of the plain pass, and mostly the truth rounded to float32.
 
 Cost: beside the product two sweeps over it, and d multiplications for each pair that can matter. Memory beyond the
-plain pass: (Q, d) and (BLOCK_ROWS, Q) bfloat16, and torch. Counts of violations are left to the plain pass:
+plain pass: (Q, d) and (BLOCK_ROWS, block_columns) bfloat16, and torch. Counts of violations are left to the plain pass:
 every pair near its threshold would matter. Not built: 8-bit integers, faster still, with several times as many pairs
 within reach.
 """
@@ -36,15 +36,17 @@ class ScreenedPass(Pass):
     Attributes:
         begin_at: Rows per entry of the lists that the plain pass takes first: to lists of few rows' best too many pairs
             can matter.
+        block_columns: Test rows that a block of rows is multiplied with at once: their product fits the cache.
     """
 
     begin_at = 32
+    block_columns = 8192
 
     def _start_lists(self, width: int) -> None:
         super()._start_lists(width)
         exact = torch.from_numpy(self.queries.rows.astype(np.float32))
         rough = exact.bfloat16()
-        self._columns = rough.T
+        self._columns, self._bits = rough.T, self.queries.rows.view(np.uint16)
         self._gap, self._size = _largest_norm(exact - rough.float()), _largest_norm(exact)
         nan = np.concatenate([[0], np.cumsum(np.isnan(self.queries.tau))])
         self._judged = nan[self.queries.offsets[1:]] == nan[self.queries.offsets[:-1]]
@@ -59,26 +61,36 @@ class ScreenedPass(Pass):
             super()._fold(rows, row_ids, scores)
             return
         exact = torch.from_numpy(rows.copy()).float()  # faster than numpy's astype; torch warns of read-only arrays
-        product, reach = self.rough(exact)
+        rounded, reach = self.rounded(exact)
         if not torch.isfinite(reach).all():  # of a NaN nothing can be said, and the loops promise that none comes
             super()._fold(rows, row_ids, scores)
             return
-        fold_screened(
-            product.view(torch.int16).numpy().view(np.uint16), exact.numpy(), self.queries.rows.view(np.uint16),
-            self.queries.offsets, self._float_tau, self._exact_tau, self._judged, reach.numpy(), row_ids, scores.m,
-            scores.arg_m, scores.margin, scores.arg_margin, self._heap, self._heap_ids, self._floor,
-        )  # fmt: skip
+        for first in range(0, len(self.queries.rows), self.block_columns):
+            here = slice(first, min(first + self.block_columns, len(self.queries.rows)))
+            product = rounded @ self._columns[:, here]
+            fold_screened(
+                product.view(torch.int16).numpy().view(np.uint16), exact.numpy(), self._bits[here], self._pieces(here),
+                first, self._float_tau[here], self._exact_tau[here], self._judged, reach.numpy(), row_ids,
+                scores.m, scores.arg_m, scores.margin, scores.arg_margin,
+                self._heap[here], self._heap_ids[here], self._floor[here],
+            )  # fmt: skip
 
-    def rough(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (n, Q) bfloat16 similarities of (n, d) float32 rows, and how far off they are, (n,) float32.
+    def _pieces(self, columns: slice) -> np.ndarray:
+        """(p, 3) int64: which of these columns belong to which test set."""
+        bounds = np.clip(self.queries.offsets, columns.start, columns.stop) - columns.start
+        pieces = np.stack([bounds[:-1], bounds[1:], np.arange(len(bounds) - 1)], axis=1)
+        return pieces[bounds[:-1] < bounds[1:]]
 
-        That is before they were rounded: rounding adds `nearest_loops.ROUNDED` of themselves.
+    def rounded(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (n, d) float32 rows in bfloat16, and how far off their similarities are, (n,) float32.
+
+        That is before these are rounded: rounding adds `nearest_loops.ROUNDED` of themselves.
         """
         rounded = rows.bfloat16()
         size, gap = rows.norm(dim=1).double(), (rows - rounded.float()).norm(dim=1).double()
         reach = size * self._gap + gap * (self._size + self._gap) + (size + gap) * (self._size + self._gap) * self.bound
         # A hundredth more, and 2**-20: norms, thresholds and the comparisons themselves are float32.
-        return rounded @ self._columns, (reach * 1.01 + 2.0**-20).float()
+        return rounded, (reach * 1.01 + 2.0**-20).float()
 
 
 def _largest_norm(rows: torch.Tensor) -> float:

@@ -35,9 +35,10 @@ def through(one: nearest.Pass, rows: np.ndarray, ids: np.ndarray, cuts: list[int
 @given(
     num_rows=st.integers(0, 90), counts=st.lists(st.integers(0, 70), min_size=1, max_size=3), k=st.integers(1, 5),
     dim=st.sampled_from([16, 40]), seed=st.integers(0, 9_999), cuts=st.lists(st.integers(0, 90), max_size=3), make=ROWS,
+    columns=st.sampled_from([23, 8192]),
 )  # fmt: skip
 def test_portions_equal_the_definitions(
-    num_rows: int, counts: list[int], k: int, dim: int, seed: int, cuts: list[int], make: object
+    num_rows: int, counts: list[int], k: int, dim: int, seed: int, cuts: list[int], make: object, columns: int
 ) -> None:
     rows = make(num_rows, dim, seed)  # type: ignore[operator]
     ids = np.random.default_rng(seed).permutation(num_rows).astype(np.int64) + (3 << 32)
@@ -45,7 +46,7 @@ def test_portions_equal_the_definitions(
     tau = [np.random.default_rng(seed + i).uniform(-0.2, 0.6, count) for i, count in enumerate(counts)]
     queries = queries_of(sets, tau)
     one = ScreenedPass(queries, k)
-    one.block_rows, one.begin_at = 7, 1
+    one.block_rows, one.begin_at, one.block_columns = 7, 1, columns
     scores, found = through(one, rows, ids, cuts), one.found()
     own = twins.similarities(rows, queries.rows) if num_rows and len(queries.rows) else np.zeros((num_rows, 0))
     for segment, test in enumerate(sets):
@@ -106,7 +107,8 @@ def test_a_rough_similarity_is_within_reach_of_the_truth(dim: int, make: object,
     queries = (make(300, dim, 1) * np.float16(scale)).astype(np.float16)  # type: ignore[operator]
     rows = np.concatenate([make(200, dim, 2), queries[:50], -queries[:50]])  # type: ignore[operator]
     one = ScreenedPass(queries_of([queries], None), 1)
-    product, reach = one.rough(torch.from_numpy(rows.astype(np.float32)))
+    rounded, reach = one.rounded(torch.from_numpy(rows.astype(np.float32)))
+    product = rounded @ torch.from_numpy(queries.astype(np.float32)).bfloat16().T
     rough, truth = product.double().numpy(), twins.similarities(rows, queries)
     off = np.abs(rough - truth)
     assert (off <= reach.double().numpy()[:, None] + np.float64(ROUNDED) * np.abs(rough)).all()
