@@ -1,5 +1,7 @@
 """The compiled loops of `nearest` and `nearest_screened`: a block of a product into maxima and lists, while in cache.
 
+And `vectors.exact_pairs`, which shares how float16 is read.
+
 In one file, since numba's cache of a function does not notice that one from another file has changed.
 """
 
@@ -202,3 +204,13 @@ def _exact(left, right):  # type: ignore[no-untyped-def]
     for i in range(len(left)):
         total += np.float64(left[i]) * np.float64(_half(right[i]))  # type: ignore[call-arg]
     return total
+
+
+@njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
+def exact_dots(left, i, right, j, result):  # type: ignore[no-untyped-def]
+    """Write the exact similarities of left[i] with right[j], all given by the uint16 bits of float16 values."""
+    for pair in range(len(result)):
+        one, other, total = left[i[pair]], right[j[pair]], 0.0
+        for at in range(len(one)):
+            total += np.float64(_half(one[at])) * np.float64(_half(other[at]))  # type: ignore[call-arg]
+        result[pair] = total

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 
-PAIRS_AT_ONCE = 1 << 14  # 128 MB of float64 rows at 512 dimensions
-
 
 def to_storage(rows: np.ndarray) -> np.ndarray:
     """Round (n, d) rows to the storage precision float16; both sides of a comparison go through here."""
@@ -44,11 +42,12 @@ def exact_pairs(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     Returns:
         (n,) float64.
     """
-    return np.einsum("nd,nd->n", left.astype(np.float64), right.astype(np.float64))
+    at = np.arange(len(left))
+    return exact_pairs_at(left, at, right, at)
 
 
 def exact_pairs_at(left: np.ndarray, i: np.ndarray, right: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Return the exact similarities of left[i] with right[j], a bounded number of rows at a time.
+    """Return the exact similarities of left[i] with right[j], without copies of the rows.
 
     Args:
         left: (n, d) float16.
@@ -58,11 +57,17 @@ def exact_pairs_at(left: np.ndarray, i: np.ndarray, right: np.ndarray, j: np.nda
 
     Returns:
         (e,) float64.
+
+    Raises:
+        ValueError: If these are not float16 rows of one length: the compiled loop would read something else.
     """
+    if {left.dtype, right.dtype} != {np.dtype(np.float16)} or left.shape[1] != right.shape[1]:
+        rows = f"{left.dtype} {left.shape} and {right.dtype} {right.shape}"
+        raise ValueError(f"expected float16 rows of one length, got {rows}")
+    from clipgap_ray.kernels.nearest_loops import exact_dots  # numba, which not every user of this module needs
+
     result = np.empty(len(i))
-    for start in range(0, len(i), PAIRS_AT_ONCE):
-        part = slice(start, start + PAIRS_AT_ONCE)
-        result[part] = exact_pairs(left[i[part]], right[j[part]])
+    exact_dots(left.view(np.uint16), i, right.view(np.uint16), j, result)
     return result
 
 

@@ -62,10 +62,31 @@ def test_storage_is_rounding_to_float16() -> None:
     assert stored.tolist() == [[1.0, float(np.float16(0.1))]]
 
 
-@pytest.mark.parametrize("at_once", [1, 4, 1 << 14])
-def test_chosen_pairs_equal_the_whole_matrix(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vectors, "PAIRS_AT_ONCE", at_once)
+def test_chosen_pairs_equal_the_whole_matrix() -> None:
     left, right = made.unit_rows(9, 32, 0), made.unit_rows(7, 32, 1)
     i, j = np.array([8, 0, 3, 3, 5, 8]), np.array([6, 0, 2, 2, 1, 0])
     assert np.array_equal(vectors.exact_pairs_at(left, i, right, j), twins.similarities(left, right)[i, j])
     assert vectors.exact_pairs_at(left, i[:0], right, j[:0]).shape == (0,)
+    left.setflags(write=False)  # as rows mapped from a file are
+    assert np.array_equal(
+        vectors.exact_pairs_at(left, i, right[::2], j // 2 * 0), left[i] @ right[0].astype(np.float64)
+    )
+
+
+def test_every_float16_is_read_exactly() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    rows = every[np.isfinite(every)].reshape(-1, 1)  # subnormal numbers and both zeros among them
+    ones = np.ones_like(rows)
+    assert np.array_equal(vectors.exact_pairs(rows, ones), rows[:, 0].astype(np.float64))
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (np.ones((2, 4), np.float32), np.ones((2, 4), np.float16)),
+        (np.ones((2, 4), np.float16), np.ones((2, 3), np.float16)),
+    ],
+)
+def test_rows_of_another_type_or_length_are_refused(left: np.ndarray, right: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="float16 rows of one length"):
+        vectors.exact_pairs(left, right)
