@@ -1,13 +1,13 @@
 """The training step beside torchrun and open_clip's own program, and a virtual split against a copy of it.
 
-`ray`: two gloo workers, alternating blocks, samples/s between the first row of metrics and the last: start-up does not
-count. `torchrun` is the same model, plan and step function (`train_loop.run_steps`) without Ray, compared with itself,
-too; `open_clip` is open_clip_train.main on the same shards, model, batch and number of samples, one loader process per
-rank (needs webdataset of at most 0.2.86 and braceexpand: `pip install --no-deps --target peer webdataset==0.2.86
-braceexpand`, and `--peer peer`).
+`ray`: two gloo workers, alternating blocks, samples/s after the first third of a block: start-up and warm-up do not count
+(Ray Train starts actors of its own in the first ten seconds of training). `torchrun` is the same model, plan and step
+function (`train_loop.run_steps`) without Ray, compared with itself, too; `open_clip` is open_clip_train.main on the same
+shards, model, batch and number of samples, one loader process per rank (needs webdataset of at most 0.2.86 and
+braceexpand: `pip install --no-deps --target peer webdataset==0.2.86 braceexpand`, and `--peer peer`).
 `split`: one process on half of a pool where it lies, and on a copy of that half; with training, and the loader alone.
 
-    python benchmarks/train.py ray [--model conv-64] [--steps 300] [--blocks 5]
+    python benchmarks/train.py ray [--model conv-64] [--steps 400] [--blocks 5]
     python benchmarks/train.py split [--images 2000] [--size 256] [--blocks 5]
 """
 
@@ -73,9 +73,14 @@ def write_pool(folder: Path, images: int, size: int, keep: Callable[[int], bool]
 
 
 def rate(rows: list[dict]) -> float:
-    """samples/s between the first and the last row of metrics."""
-    seconds = [row["samples"] / row["samples_per_s"] for row in (rows[0], rows[-1])]
-    return (rows[-1]["samples"] - rows[0]["samples"]) / (seconds[1] - seconds[0])
+    """samples/s of a block after its warm-up, from its rows of metrics."""
+    return warm_rate([(row["samples"] / row["samples_per_s"], row["samples"]) for row in rows])
+
+
+def warm_rate(seen: list[tuple[float, int]]) -> float:
+    """samples/s from the first (second, samples so far) after a third of the samples to the last."""
+    (begun, first), (ended, last) = next(at for at in seen if 3 * at[1] >= seen[-1][1]), seen[-1]
+    return (last - first) / (ended - begun)
 
 
 def torchrun_worker(plan_path: str, out: str) -> None:
@@ -109,7 +114,7 @@ def open_clip_worker(flags: list[str]) -> None:
 
 
 def open_clip_rate(options: argparse.Namespace, pool: Path, out: Path) -> float:
-    """samples/s of open_clip's program, from when its lines come."""
+    """samples/s of open_clip's program after its warm-up, from when its lines come."""
     words = {
         "train-data": f"{pool}/{{{0:05d}..{SHARDS - 1:05d}}}.tar", "dataset-type": "webdataset",
         "train-num-samples": 64 * options.steps, "model": options.model, "batch-size": 32, "workers": 1, "epochs": 1,
@@ -130,7 +135,7 @@ def open_clip_rate(options: argparse.Namespace, pool: Path, out: Path) -> float:
                 seen.append((time.perf_counter(), int(found[1])))
     if run.returncode or len(seen) < 2:
         sys.exit(f"open_clip_train failed:\n{''.join(said)[-3000:]}")
-    return (seen[-1][1] - seen[0][1]) / (seen[-1][0] - seen[0][0])
+    return warm_rate(seen)
 
 
 def against_torchrun(options: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
@@ -208,7 +213,7 @@ def main() -> None:
     parser.add_argument("--model", default="conv-64")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--peer", default="", help="a folder with the webdataset that open_clip's program needs")
     options = parser.parse_args()
