@@ -1,10 +1,10 @@
 """The training step beside torchrun and open_clip's own program, and a virtual split against a copy of it.
 
-`ray`: two gloo workers, alternating blocks, samples/s after the first third of a block: start-up and warm-up do not count
-(Ray Train starts actors of its own in the first ten seconds of training). `torchrun` is the same model, plan and step
-function (`train_loop.run_steps`) without Ray, compared with itself, too; `open_clip` is open_clip_train.main on the same
-shards, model, batch and number of samples, one loader process per rank (needs webdataset of at most 0.2.86 and
-braceexpand: `pip install --no-deps --target peer webdataset==0.2.86 braceexpand`, and `--peer peer`).
+`ray`: two gloo workers, alternating blocks, samples/s after the first third of a block: start-up and warm-up are
+left out (Ray Train starts actors of its own in the first ten seconds of training). `torchrun` is the same model, plan
+and step function (`train_loop.run_steps`) without Ray, compared with itself, too; `open_clip` is open_clip_train.main
+on the same shards, model, batch and number of samples, one loader process per rank (needs webdataset of at most 0.2.86
+and braceexpand: `pip install --no-deps --target peer webdataset==0.2.86 braceexpand`, and `--peer peer`).
 `split`: one process on half of a pool where it lies, and on a copy of that half; with training, and the loader alone.
 
     python benchmarks/train.py ray [--model conv-64] [--steps 400] [--blocks 5]

@@ -171,7 +171,7 @@ def _one_value(pixels: np.ndarray | None, rows: int) -> pa.Array:
 
 
 def read_chunks(work: Work, plan: ReadPlan) -> Iterator[pa.Table]:
-    """Read and decode one shard into rows of `CHUNK` and pixels; the last chunk is marked and may be empty."""
+    """Read and decode one shard into rows of `CHUNK` and pixels; the last chunk is marked, and empty if the part is."""
     filesystems.configure(plan.storage)
     blocked = ray.get(plan.blocklist) if isinstance(plan.blocklist, ray.ObjectRef) else plan.blocklist
     node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
@@ -186,9 +186,9 @@ def read_chunks(work: Work, plan: ReadPlan) -> Iterator[pa.Table]:
         elif not sampled(item.uid, plan.sample):
             batch.note(item.key, "not_sampled", "", True)
         else:
-            batch.add(item)
-            if len(batch.rows) == plan.batch_size:
+            if len(batch.rows) == plan.batch_size:  # only now, since a full chunk may be the last
                 yield batch.flush(work, node, last=False)
+            batch.add(item)
     yield batch.flush(work, node, last=True)
 
 

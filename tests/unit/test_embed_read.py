@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from PIL import Image
 
 from clipgap_ray.kernels.phash import perceptual_hashes
@@ -48,6 +49,22 @@ def test_rows_hashes_and_ledger_of_a_shard(tmp_path: Path) -> None:
         assert (row["phash"], row["phash_flipped"]) == (int(plain[0]), int(flipped[0]))
     ledger = pa.concat_tables([from_stream(c["ledger"]) for c in chunks]).to_pylist()
     assert [(row["key"], row["reason"]) for row in ledger if row["dropped"]] == [("lab", "broken_image")]
+
+
+@pytest.mark.parametrize(("rows", "broken", "sizes"), [(8, 0, [4, 4]), (9, 0, [4, 4, 1]), (0, 2, [0]), (4, 1, [4, 0])])
+def test_a_full_chunk_may_be_the_last(tmp_path: Path, rows: int, broken: int, sizes: list[int]) -> None:
+    """No empty one follows it, unless a sample came that is none; the ledger keeps that."""
+    images = [made.jpeg(n) for n in range(rows)] + [b"no image"] * broken
+    shard = made.tar_shard(tmp_path / "0.tar", [(f"{n:03d}.jpg", data) for n, data in enumerate(images)])
+    chunks = [
+        row
+        for table in read_chunks(Work(0, shard), ReadPlan((Preprocess(8),), 4, 1.0, None))
+        for row in table.to_pylist()
+    ]
+    assert [chunk["rows"] for chunk in chunks] == sizes
+    assert [chunk["last"] for chunk in chunks] == [False] * (len(sizes) - 1) + [True]
+    ledger = pa.concat_tables([from_stream(chunk["ledger"]) for chunk in chunks]).to_pylist()
+    assert sum(row["dropped"] for row in ledger) == broken
 
 
 def test_a_reader_holds_two_chunks_whatever_the_shard(tmp_path: Path) -> None:
