@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,14 @@ hypothesis.settings.load_profile("clipgap")
 def _download_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Copies of remote files go nowhere near the home directory, of workers neither."""
     os.environ["CLIPGAP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _no_figures_left() -> Iterator[None]:
+    """Figures that a test looks at and does not save are closed: pyplot warns of the twentieth, whichever test opens it."""
+    yield
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close("all")
 
 
 @pytest.fixture(scope="session", autouse=True)
