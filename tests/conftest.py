@@ -53,7 +53,7 @@ def _download_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_figures_left() -> Iterator[None]:
-    """Figures that a test looks at and does not save are closed: pyplot warns of the twentieth, whichever test opens it."""
+    """Figures that a test looks at and does not save are closed: pyplot warns of many, whoever opens the last."""
     yield
     if pyplot := sys.modules.get("matplotlib.pyplot"):
         pyplot.close("all")
